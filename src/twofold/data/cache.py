@@ -1,0 +1,169 @@
+"""Every picture of a source decoded once, into one memory-mapped array that all later runs share."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from twofold import runtime
+from twofold.data.atomic import sync_folder
+from twofold.data.decode import Fit, OnError, Skipped, promote, stream
+from twofold.data.sources import Source, content_key
+from twofold.errors import DataError, DecodeError
+
+VERSION = 1  # of the pixels: raise it when the same file should decode to other pixels
+
+DEPTHS = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
+
+
+class Decoded(NamedTuple):
+    """The pictures of a source as pixels, and those that are missing among them."""
+
+    pixels: np.ndarray  # [n, c, size, size] of uint8, uint16 or float32; a memory map, read-only
+    kept: np.ndarray  # int64 [n]: pixels[i] is the picture of the source's item kept[i]
+    skipped: list[Skipped]
+
+
+def decoded(
+    source: Source,
+    size: int,
+    *,
+    how: Fit = "crop",
+    channels: int | None = 3,
+    on_error: OnError = "skip",
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoded:
+    """The source's pictures at `size`, decoded now or found in the cache.
+
+    The cache is keyed by the content of the pictures and how they are decoded, not by their names. One process builds,
+    others that want the same wait for it; a build that is killed leaves nothing that is taken for complete. Where
+    pictures of 8 and 16 bits (or floats) meet, all get the deepest type. `progress(done, total)` is told every picture.
+    """
+    if source.images is None:
+        raise DataError(f"{source.name} has no images to decode.")
+    key = content_key("\n".join([json.dumps([VERSION, size, how, channels]), *source.keys("image")]))
+    folder = runtime.cache_dir() / "pixels" / key
+    found = _opened(folder, source)
+    if found is None:
+        with _claimed(folder.with_suffix(".lock")):
+            found = _opened(folder, source)  # by the process that we waited for
+            if found is None:
+                skipped: list[Skipped] = []
+                pictures = stream(
+                    source.images,
+                    size,
+                    how=how,
+                    channels=channels,
+                    on_error=on_error,
+                    names=source.ids,
+                    skipped=skipped,
+                )
+                _build(folder, source, pictures, skipped, progress)
+                found = _opened(folder, source)
+    if found is None:
+        raise DataError(f"The cache at {folder} was written but cannot be read back. Is the disk in order?")
+    if found.skipped and on_error == "raise":
+        raise DecodeError(*found.skipped[0])
+    return found
+
+
+def _opened(folder: Path, source: Source) -> Decoded | None:
+    """What lies in the cache; None where nothing does, or nothing whole."""
+    try:
+        about = json.loads((folder / "about.json").read_text("utf-8"))
+        pixels = np.memmap(folder / "pixels", np.dtype(about["dtype"]), "r", shape=tuple(about["shape"]))
+    except (OSError, ValueError, KeyError):  # ValueError: also a file shorter than its shape
+        return None
+    skipped = [Skipped(source.ids[index], reason) for index, reason in about["skipped"]]
+    missing = [index for index, _ in about["skipped"]]
+    return Decoded(pixels, np.delete(np.arange(len(source)), missing), skipped)
+
+
+def _build(
+    folder: Path,
+    source: Source,
+    pictures: Iterator[tuple[int, np.ndarray]],
+    skipped: list[Skipped],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Write the cache beside its place and rename it; `skipped` is filled while `pictures` are drawn."""
+    partial = folder.with_suffix(".partial")  # ours alone while we hold the claim; left over if a build was killed
+    for stale in (partial, folder):  # the latter is damaged, or we would not be here
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        about = _write(partial / "pixels", source, pictures, skipped, progress)
+        (partial / "about.json").write_text(json.dumps(about), "utf-8")
+        for name in ("pixels", "about.json"):
+            with open(partial / name, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(partial, folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise DataError(
+            f"The decoded pictures could not be written to {partial}: {error}. Make room there, or let TWOFOLD_CACHE "
+            "name another folder."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(
+    path: Path,
+    source: Source,
+    pictures: Iterator[tuple[int, np.ndarray]],
+    skipped: list[Skipped],
+    progress: Callable[[int, int], None] | None,
+) -> dict:
+    """The pixels one after the other, [c, h, w] each, and what there is to know about them."""
+    shape: tuple[int, ...] = ()
+    dtype = DEPTHS[0]
+    kept: list[int] = []
+    for index, pixels in pictures:
+        shape = shape or pixels.shape
+        if pixels.shape != shape:
+            reason = f"has {pixels.shape[2]} channels, the pictures before it {shape[2]}"
+            skipped.append(Skipped(source.ids[index], reason))
+            continue
+        if DEPTHS.index(pixels.dtype) > DEPTHS.index(dtype):
+            if kept:
+                _deepen(path, dtype, pixels.dtype)
+            dtype = pixels.dtype
+        with open(path, "ab") as file:
+            file.write(promote(pixels, dtype).transpose(2, 0, 1).tobytes())
+        kept.append(index)
+        if progress:
+            progress(index + 1, len(source))
+    if not kept:
+        first = f": {skipped[0].id}: {skipped[0].reason}" if skipped else ""
+        raise DataError(f"None of the {len(source):,} pictures of {source.name} could be used{first}.")
+    missing = sorted(set(range(len(source))) - set(kept))
+    reasons = [(index, each.reason) for index, each in zip(missing, skipped, strict=True)]
+    height, width, channels = shape
+    return {"dtype": dtype.name, "shape": [len(kept), channels, height, width], "skipped": reasons}
+
+
+def _deepen(path: Path, old: np.dtype, new: np.dtype) -> None:
+    """Rewrite the pixels that are there in a deeper type."""
+    pixels = np.memmap(path, old, "r")
+    deeper = path.with_suffix(".deeper")
+    with open(deeper, "wb") as file:
+        for start in range(0, len(pixels), 1 << 22):
+            file.write(promote(pixels[start : start + (1 << 22)], new).tobytes())
+    os.replace(deeper, path)
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Hold a lock that the system lets go of when the process dies, however it dies."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

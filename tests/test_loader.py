@@ -1,0 +1,116 @@
+"""A batch is a function of (seed, step)."""
+
+import numpy as np
+import pytest
+import torch
+
+from twofold import runtime
+from twofold.data.loader import Batches, Choice
+from twofold.errors import DataError, UsageError
+
+
+def index(n=20, **options):
+    return Batches({"at": np.arange(n)}, **{"batch": 4, "seed": 1, **options})
+
+
+def epoch(batches, number, column="at"):
+    steps = range(number * batches.steps_per_epoch, (number + 1) * batches.steps_per_epoch)
+    return [value for step in steps for value in np.asarray(batches[step][column]).tolist()]
+
+
+def test_an_epoch_visits_every_item_once_in_an_order_of_its_own():
+    batches = index()
+    first, second = epoch(batches, 0), epoch(batches, 1)
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second != sorted(second) and first != epoch(index(seed=2), 0)
+    assert batches.steps_per_epoch == 5 and index(23).steps_per_epoch == 5
+
+
+def test_steps_may_be_asked_for_in_any_order():
+    forward = {step: index()[step]["at"].tolist() for step in range(12)}
+    backward = index()
+    assert {step: backward[step]["at"].tolist() for step in reversed(range(12))} == forward
+
+
+def test_columns_stay_together_and_keep_their_type(tmp_path):
+    pixels = np.memmap(tmp_path / "p", np.uint16, "w+", shape=(8, 1, 2, 2))
+    pixels[:] = np.arange(8)[:, None, None, None]
+    columns = {
+        "image": pixels,
+        "feature": torch.arange(8.0)[:, None],
+        "id": [str(number) for number in range(8)],
+        "name": np.array([str(number) for number in range(8)]),
+    }
+    batch = Batches(columns, batch=4, seed=0)[1]
+    assert batch["image"].dtype == torch.uint16 and batch["image"].shape == (4, 1, 2, 2)
+    at = batch["feature"][:, 0].tolist()
+    assert batch["image"][:, 0, 0, 0].tolist() == at
+    assert batch["id"] == batch["name"] == [str(int(number)) for number in at]
+
+
+def test_processes_share_out_the_batch_that_one_process_gets(monkeypatch):
+    columns = {"at": np.arange(20), "text": [[f"{n}{c}" for c in "abc"] for n in range(20)]}
+    whole = Batches(columns, batch=8, seed=3)[3]
+    parts = []
+    for rank in range(4):
+        monkeypatch.setattr(runtime, "world", lambda rank=rank: (rank, 4))
+        parts.append(Batches(columns, batch=8, seed=3)[3])
+    assert [len(part["at"]) for part in parts] == [2] * 4
+    assert [value for part in parts for value in part["at"].tolist()] == whole["at"].tolist()
+    assert [text for part in parts for text in part["text"]] == whole["text"]
+    with pytest.raises(UsageError, match="multiple of the 4 processes"):
+        Batches(columns, batch=6, seed=3)
+
+
+def test_of_a_group_one_member_is_visited_each_epoch_and_all_in_the_long_run():
+    group = ["a", "b", "a", "c", "a", "d", "b", "e"]
+    batches = index(8, batch=5, group=group)
+    assert batches.steps_per_epoch == 1
+    visits = [epoch(batches, number) for number in range(300)]
+    assert all(sorted(group[item] for item in visit) == list("abcde") for visit in visits)
+    count = np.bincount(np.concatenate(visits), minlength=8)
+    assert (count[[3, 5, 7]] == 300).all()
+    assert count[[0, 2, 4]] == pytest.approx(100, abs=35) and count[[1, 6]] == pytest.approx(150, abs=35)
+    assert epoch(index(8, batch=5, group=group), 299) == visits[299]
+
+
+def test_of_several_captions_each_visit_draws_one():
+    texts = [["a0", "a1", "a2"], ["b0"], ["c0", "c1"], ["d0"]]
+    batches = Batches({"text": texts, "at": np.arange(4)}, batch=4, seed=0)
+    seen = set()
+    for step in range(60):
+        batch = batches[step]
+        assert all(text in texts[at] for text, at in zip(batch["text"], batch["at"].tolist(), strict=True))
+        seen |= set(batch["text"])
+    assert seen == {text for each in texts for text in each}
+
+
+def test_a_choice_of_features_draws_what_the_captions_draw():
+    texts = [["a0", "a1", "a2"], ["b0"], ["c0", "c1"], ["d0", "d1"]]
+    flat = [text for each in texts for text in each]
+    features = Choice(torch.arange(len(flat)), np.array([0, 3, 4, 6, 8]))
+    batches = Batches({"text": texts, "feature": features}, batch=2, seed=0)
+    for step in range(40):
+        batch = batches[step]
+        assert [flat[row] for row in batch["feature"].tolist()] == batch["text"]
+
+
+def test_a_choice_is_uniform():
+    batches = Batches({"x": Choice(np.arange(5), np.array([0, 5]))}, batch=1, seed=0)
+    count = np.bincount([int(batches[step]["x"]) for step in range(1000)])
+    assert count == pytest.approx(200, abs=50)
+
+
+def test_too_few_items_and_columns_of_other_lengths_say_so():
+    with pytest.raises(DataError, match="A batch of 64 needs as many items; there are 20"):
+        index(batch=64)
+    with pytest.raises(DataError, match="A batch of 4 needs as many groups; there are 3"):
+        index(4, group=[0, 0, 1, 2])
+    with pytest.raises(DataError, match="one length"):
+        Batches({"a": np.arange(3), "b": [1, 2]}, batch=1, seed=0)
+    with pytest.raises(DataError, match="'text': Item 1 has no candidate"):
+        Batches({"text": [["a"], []]}, batch=1, seed=0)
+    with pytest.raises(DataError, match="Offsets must rise from 0 to at most 2"):
+        Choice(np.arange(2), np.array([0, 3]))
+    with pytest.raises(IndexError):
+        index()[-1]
