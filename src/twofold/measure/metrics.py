@@ -1,0 +1,168 @@
+"""What a result is worth: recall, accuracy, their intervals and their chance levels. Each is defined here once."""
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twofold.errors import DataError, UsageError
+from twofold.runtime import generator
+
+Matrix = Float[Tensor, "n d"] | Float[np.ndarray, "n d"]
+
+TIE = 1e-6  # cosines closer than this are equal: rounding moves them by about 1e-7, from machine to machine
+CELLS = 2**24  # scores held in memory at once, 64 MiB in float32
+
+
+class Interval(NamedTuple):
+    """A measured value and the range its resampling gives, in the value's own unit."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap(
+    values: Sequence[float] | Float[np.ndarray, "n"] | Tensor,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    level: float = 0.95,
+    resamples: int = 1000,
+    draw: torch.Generator | None = None,
+) -> Interval:
+    """The mean of `values` and its percentile bootstrap interval: where it would fall for other queries of the kind.
+
+    Values of one group (five captions of one picture) are drawn together; without `groups` each is its own. The
+    interval has no width where all values are equal. Without `draw`, the same values always give the same interval.
+    """
+    if not 0 < level < 1 or resamples < 1:
+        raise UsageError(f"bootstrap needs 0 < level < 1 and resamples ≥ 1; got {level} and {resamples}.")
+    each = torch.as_tensor(values).flatten().double().cpu()
+    if len(each) == 0:
+        raise DataError("There is nothing to average: no query or test item is left.")
+    if groups is None:
+        totals, sizes = each, torch.ones_like(each)
+    else:
+        _same_length("values", each, "groups", groups)
+        names: dict[Hashable, int] = {}
+        group = torch.tensor([names.setdefault(name, len(names)) for name in groups])
+        totals = torch.zeros(len(names), dtype=each.dtype).index_add_(0, group, each)
+        sizes = torch.bincount(group).double()
+    draw = draw or generator("bootstrap")
+    means = []
+    for block in row_blocks(resamples, len(totals), CELLS // 4):
+        drawn = torch.randint(len(totals), (block.stop - block.start, len(totals)), generator=draw)
+        means.append(totals[drawn].sum(1) / sizes[drawn].sum(1))
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=each.dtype)
+    low, high = torch.cat(means).quantile(tails).tolist()
+    return Interval(each.mean().item(), low, high)
+
+
+def accuracy(
+    predicted: Int[np.ndarray, "n"], labels: Int[np.ndarray, "n"], *, draw: torch.Generator | None = None
+) -> Interval:
+    """The share of labelled items whose label is predicted, 0..1; items labelled −1 do not count."""
+    _same_length("predicted", predicted, "labels", labels)
+    predicted, labels = np.asarray(predicted), np.asarray(labels)
+    return bootstrap((predicted == labels)[labels >= 0], draw=draw)
+
+
+def accuracy_chance(labels: Int[np.ndarray, "n"]) -> float:
+    """The accuracy of the best constant answer: the share of the most frequent label, −1 not counted."""
+    labels = np.asarray(labels)
+    counts = np.unique(labels[labels >= 0], return_counts=True)[1]
+    if len(counts) == 0:
+        raise DataError("No item has a label.")
+    return float(counts.max() / counts.sum())
+
+
+def first_ranks(
+    scores: Float[Tensor, "q m"], positives: Sequence[Sequence[int]], *, tie: float = TIE
+) -> Int[Tensor, "q"]:
+    """The rank of each query's best positive among the m items, 1..m; 1 is best.
+
+    It is 1 + the items, other than the query's own positives, that score as high as the best of them. A tie (scores
+    within `tie`) counts against the query, so an encoder that collapsed to a point does not score 1.
+    """
+    q, m = scores.shape
+    check_positives(positives, q, m)
+    if scores.isnan().any():  # NaN compares false with everything and would rank first
+        raise DataError(f"Query {int(scores.isnan().any(1).nonzero()[0])} has scores that are not a number.")
+    entries = sorted({i * m + item for i, own in enumerate(positives) for item in own})  # one listed twice is one
+    pairs = torch.tensor(entries, dtype=torch.long, device=scores.device)
+    row, own = pairs // m, scores.flatten()[pairs]
+    best = own.new_full((q,), -math.inf).scatter_reduce_(0, row, own, "amax")
+    above = (scores >= best[:, None] - tie).sum(1)
+    return 1 + above - torch.zeros_like(above).index_add_(0, row, (own >= best[row] - tie).to(above.dtype))
+
+
+def check_positives(positives: Sequence[Sequence[int]], queries: int, gallery: int) -> None:
+    """A DataError names the first query without a positive, or with one that is no row of the gallery."""
+    if len(positives) != queries:
+        raise DataError(f"Each query needs its positives: {queries} queries, {len(positives)} lists.")
+    for query, own in enumerate(positives):
+        if len(own) == 0:
+            raise DataError(f"Query {query} has no positive item; leave such queries out.")
+        for item in own:
+            if not 0 <= item < gallery:
+                raise DataError(f"Query {query} has the positive {item}; the gallery has rows 0..{gallery - 1}.")
+
+
+def recall_at_k(
+    ranks: Int[Tensor, "q"] | Int[np.ndarray, "q"],
+    k: int,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    draw: torch.Generator | None = None,
+) -> Interval:
+    """Recall@k, the share of queries with at least one positive among the first k items, 0..1.
+
+    `ranks` come from `first_ranks`. The literature on cross-modal retrieval means this share, not that of the positives
+    found, also where a query has several.
+    """
+    return bootstrap(torch.as_tensor(ranks) <= k, groups=groups, draw=draw)
+
+
+def recall_chance(positives: int, gallery: int, k: int) -> float:
+    """Recall@k of a random order, exactly: 1 − C(gallery − positives, k) / C(gallery, k), hypergeometric."""
+    k = min(k, gallery)
+    orders = math.comb(gallery, k)
+    return (orders - math.comb(gallery - positives, k)) / orders
+
+
+def as_rows(x: Matrix) -> Float[Tensor, "n d"]:
+    """`x` as a float32 tensor on its own device; a DataError names the first row that is not finite."""
+    if isinstance(x, np.ndarray):
+        x = torch.from_numpy(np.require(x, np.float32, ["C", "W"]))
+    if x.ndim != 2 or len(x) == 0:
+        raise DataError(f"Embeddings are one matrix [n, d] with n ≥ 1; got {tuple(x.shape)}.")
+    x = x.detach().float()
+    broken = ~x.isfinite().all(1)
+    if broken.any():
+        raise DataError(f"Row {int(broken.nonzero()[0])} of the embeddings is not finite ({int(broken.sum())} rows).")
+    return x
+
+
+def unit_rows(x: Matrix) -> Float[Tensor, "n d"]:
+    """`as_rows`, each row scaled to length 1."""
+    return F.normalize(as_rows(x), dim=1)
+
+
+def row_blocks(rows: int, columns: int, cells: int = CELLS) -> Iterator[slice]:
+    """Slices that cover `rows` in order, each of at most `cells` entries of a [rows, columns] table, at least a row."""
+    step = max(1, cells // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _same_length(one: str, x, other: str, y) -> None:
+    if len(x) != len(y):
+        raise DataError(f"{one} and {other} belong together row by row; got {len(x)} and {len(y)}.")

@@ -1,0 +1,175 @@
+"""What frozen embeddings know about labels: a vote of neighbours and a linear classifier, with interval and chance.
+
+Both take training and test embeddings apart, embedded without augmentation, and neither sees the test labels before
+the end. Rows labelled −1 are predicted but neither learnt from nor counted.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twofold.errors import DataError, UsageError
+from twofold.measure.metrics import (
+    Interval,
+    Matrix,
+    accuracy,
+    accuracy_chance,
+    as_rows,
+    row_blocks,
+    unit_rows,
+)
+from twofold.runtime import generator
+
+Labels = Int[np.ndarray, "n"]
+
+
+class Probe(NamedTuple):
+    """How well a probe reads the labels of test items."""
+
+    accuracy: Interval  # share of labelled test items that are right, 0..1
+    chance: float  # accuracy of the best constant answer
+    predicted: Labels  # for every test row
+    l2: float | None = None  # the penalty that validation chose; None: a probe without one
+    validation: dict[float, float] | None = None  # l2 → accuracy on validation
+
+
+def knn_probe(
+    train_z: Matrix,
+    train_y: Labels,
+    test_z: Matrix,
+    test_y: Labels,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    draw: torch.Generator | None = None,
+) -> Probe:
+    """The labels of the k nearest training rows by cosine, each vote weighing exp(cosine / temperature).
+
+    Instance discrimination's protocol (arXiv 1805.01978, section 3.4). A training set smaller than k votes as a whole;
+    among equal votes the smallest label wins.
+    """
+    if k < 1 or not temperature > 0:
+        raise UsageError(f"knn_probe needs k ≥ 1 and temperature > 0; got {k} and {temperature}.")
+    bank, queries = unit_rows(train_z), unit_rows(test_z)
+    _check_set("test", queries, test_y, bank.shape[1])
+    bank, y = _labelled("train", bank, train_y)
+    classes, y = y.unique(return_inverse=True)
+    k = min(k, len(bank))
+    predicted = []
+    for block in row_blocks(len(queries), max(len(bank), len(classes))):
+        cosines, nearest = (queries[block] @ bank.T).topk(k)
+        weights = ((cosines - cosines[:, :1]) / temperature).exp()  # relative to the nearest: cannot overflow
+        votes = weights.new_zeros(len(weights), len(classes)).scatter_add_(1, y[nearest], weights)
+        predicted.append(classes[votes.argmax(1)])
+    answer = torch.cat(predicted).cpu().numpy()
+    return Probe(accuracy(answer, test_y, draw=draw), accuracy_chance(test_y), answer)
+
+
+def linear_probe(
+    train_z: Matrix,
+    train_y: Labels,
+    test_z: Matrix,
+    test_y: Labels,
+    *,
+    val: tuple[Matrix, Labels] | None = None,
+    l2: Sequence[float] = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5),
+    draw: torch.Generator | None = None,
+) -> Probe:
+    """Multinomial logistic regression on standardised embeddings, its L2 penalty chosen on validation.
+
+    Minimises mean cross-entropy + l2/2·‖W‖² (the bias goes free) by L-BFGS; scikit-learn's C is 1/(l2·n). Without
+    `val`, a fifth of the training rows, drawn at random, chooses the penalty, and then all of them train with it.
+    Where penalties validate equally well, the strongest wins.
+    """
+    if not l2 or not min(l2) > 0:
+        raise UsageError(f"linear_probe needs at least one l2, all > 0; got {tuple(l2)}.")
+    z, test = as_rows(train_z), as_rows(test_z)
+    width = z.shape[1]
+    _check_set("test", test, test_y, width)
+    z, y = _labelled("train", z, train_y)
+    classes, y = y.unique(return_inverse=True)
+    penalties = sorted(l2, reverse=True)
+    if val is None:
+        kept, held = _hold_out(len(z), draw or generator("linear_probe"))
+        fits = _regressions(z[kept], y[kept], len(classes), penalties)
+        val_z, val_y = z[held], classes[y[held]]
+    else:
+        val_z = as_rows(val[0])
+        _check_set("val", val_z, val[1], width)
+        val_z, val_y = _labelled("val", val_z, val[1])
+        fits = _regressions(z, y, len(classes), penalties)
+    validation = {
+        penalty: (classes[fit(val_z).argmax(1)] == val_y).double().mean().item()
+        for penalty, fit in zip(penalties, fits, strict=True)
+    }
+    best = max(penalties, key=validation.__getitem__)  # the first of equals: the strongest
+    if val is None:
+        fits = _regressions(z, y, len(classes), penalties[: penalties.index(best) + 1])
+    answer = classes[fits[penalties.index(best)](test).argmax(1)].cpu().numpy()
+    return Probe(accuracy(answer, test_y, draw=draw), accuracy_chance(test_y), answer, best, validation)
+
+
+class _Linear(NamedTuple):
+    weight: Float[Tensor, "d c"]
+    bias: Float[Tensor, "c"]
+
+    def __call__(self, z: Float[Tensor, "n d"]) -> Float[Tensor, "n c"]:
+        return torch.addmm(self.bias, z, self.weight)
+
+
+def _regressions(
+    z: Float[Tensor, "n d"], y: Int[Tensor, "n"], classes: int, penalties: Sequence[float]
+) -> list[_Linear]:
+    """Logistic regression on standardised columns for each penalty, each starting where the last one ended."""
+    mean = z.mean(0)
+    # A column that is constant up to rounding must not be blown up to variance 1.
+    scale = z.std(0, correction=0).clamp_min(1e-6 * z.abs().amax().clamp_min(torch.finfo(z.dtype).tiny))
+    standard = (z - mean) / scale
+    weight = z.new_zeros(z.shape[1], classes, requires_grad=True)
+    bias = z.new_zeros(classes, requires_grad=True)
+    fits = []
+    for penalty in penalties:
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
+        def loss(optimizer=optimizer, penalty=penalty) -> Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(torch.addmm(bias, standard, weight), y) + penalty / 2 * weight.square().sum()
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimizer.step(loss)
+        raw = weight.detach() / scale[:, None]
+        fits.append(_Linear(raw, bias.detach() - mean @ raw))
+    return fits
+
+
+def _hold_out(n: int, draw: torch.Generator) -> tuple[Int[Tensor, "kept"], Int[Tensor, "held"]]:
+    """Four fifths of the row numbers and the other fifth, at least one in each."""
+    if n < 2:
+        raise DataError("Validation needs a row of its own and training has only one; pass val=(embeddings, labels).")
+    order = torch.randperm(n, generator=draw)
+    held = max(1, n // 5)
+    return order[held:], order[:held]
+
+
+def _labelled(name: str, z: Float[Tensor, "n d"], labels: Labels) -> tuple[Float[Tensor, "m d"], Int[Tensor, "m"]]:
+    """The rows that have a label, and their labels."""
+    _check_set(name, z, labels, z.shape[1])
+    y = torch.as_tensor(np.array(labels, dtype=np.int64), device=z.device)
+    keep = y >= 0
+    if not keep.any():
+        raise DataError(f"No item of the {name} set has a label.")
+    return (z, y) if keep.all() else (z[keep], y[keep])
+
+
+def _check_set(name: str, z: Float[Tensor, "n d"], labels: Labels, width: int) -> None:
+    if len(labels) != len(z):
+        raise DataError(f"The {name} set has {len(z)} embeddings and {len(labels)} labels.")
+    if z.shape[1] != width:
+        raise DataError(f"The {name} embeddings are {z.shape[1]} wide and those of training {width}; use one encoder.")
