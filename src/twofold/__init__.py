@@ -29,7 +29,28 @@ _PUBLIC = {
     "text_encoder": "models.encoders",
 }
 
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = [
+    "CLIP",
+    "METHODS",
+    "PRESETS",
+    "Batches",
+    "Bundle",
+    "Optimizer",
+    "Policy",
+    "Recipe",
+    "Retriever",
+    "SigLIP",
+    "SimCLR",
+    "Source",
+    "align",
+    "decoded",
+    "embed",
+    "evaluate",
+    "fit",
+    "image_encoder",
+    "open_source",
+    "text_encoder",
+]
 
 if TYPE_CHECKING:
     from twofold.data.cache import decoded

@@ -1,0 +1,39 @@
+"""What every method is: a module whose forward pass is the algorithm box of its paper."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Out(NamedTuple):
+    """What one step of a method gives.
+
+    `loss` is what is minimised; `z` [b, d] is what is watched for collapse; `chance` is the loss of embeddings that
+    know nothing (NaN where the objective has no such level); `parts` are further figures for the log.
+    """
+
+    loss: Float[Tensor, ""]
+    z: Float[Tensor, "b d"]
+    chance: float = float("nan")
+    parts: Mapping[str, float | Tensor] = {}
+
+
+class Method(nn.Module, ABC):
+    """One way to train representations. Subclasses are final; share parts by composition."""
+
+    needs: Sequence[str] = ("image",)  # the columns of a batch that forward reads
+
+    @abstractmethod
+    def forward(self, batch: Mapping[str, Any], draw: torch.Generator) -> Out:
+        """One step's loss on a batch of `needs`; whatever is random comes from `draw`."""
+
+    @abstractmethod
+    def towers(self) -> dict[str, nn.Module]:
+        """Modality → the part that a bundle keeps."""
+
+    def after_step(self, progress: float) -> None:
+        """Moving averages, clamps and the like, after the optimizer's step; `progress` runs from 0 to 1."""

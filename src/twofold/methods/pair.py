@@ -1,0 +1,40 @@
+"""The part that CLIP and SigLIP share: two towers, one for each kind of data."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from twofold import runtime
+from twofold.errors import UsageError
+
+View = Callable[[Any, torch.Generator], Any]
+
+
+class Pair(nn.Module):
+    """Two towers into one space, in the order of `towers`.
+
+    `views` says how a modality's column is shown to its tower: {"image": policy} augments pictures; a modality that is
+    not named goes in as it is (cached features, token ids).
+    """
+
+    def __init__(self, towers: Mapping[str, nn.Module], *, views: Mapping[str, View]):
+        super().__init__()
+        if len(towers) != 2:
+            raise UsageError(f"A pair has two towers; got {len(towers)}: {', '.join(towers) or 'none'}.")
+        if stray := set(views) - set(towers):
+            raise UsageError(f"Views for {', '.join(sorted(stray))}, but the towers are {', '.join(towers)}.")
+        self.towers = nn.ModuleDict(towers)
+        self.views = dict(views)
+
+    def forward(
+        self, batch: Mapping[str, Any], draw: torch.Generator
+    ) -> tuple[Float[Tensor, "wb d"], Float[Tensor, "wb d"]]:
+        """The embeddings of both sides, over all processes, not normalised."""
+        first, second = (
+            runtime.gather(tower(self.views[name](batch[name], draw) if name in self.views else batch[name]))
+            for name, tower in self.towers.items()
+        )
+        return first, second

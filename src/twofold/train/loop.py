@@ -1,0 +1,213 @@
+"""The training loop: one for every method.
+
+Batch order, views, dropout and learning rate of step t are derived from (seed, t), and from nothing that came before: a
+run that is killed and started again ends with the very same weights.
+"""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from lightning_fabric import Fabric
+
+from twofold import runtime
+from twofold.data.atomic import write_atomically
+from twofold.errors import TrainingError
+from twofold.measure.collapse import effective_rank
+from twofold.methods.base import Method, Out
+from twofold.progress import Line
+from twofold.train import checkpoint as checkpoints
+from twofold.train.log import Log, read_log
+from twofold.train.optim import Optimizer, warmup_cosine
+
+CHECKPOINT = "checkpoint.safetensors"
+RANK_ROWS = 512  # the rank of so many rows is logged; it is what a singular value decomposition costs little for
+
+
+class StepBatches(Protocol):
+    """Batches by step: `batches[step]` gives this process's rows of the global batch, the same ones every time."""
+
+    batch: int
+
+    def __getitem__(self, step: int, /) -> dict[str, Any]: ...
+
+
+class Run(NamedTuple):
+    """What `fit` leaves: the folder, the steps done, the log's lines and the seconds that this call took."""
+
+    out: Path
+    steps: int
+    log: list[dict[str, Any]]
+    seconds: float
+
+
+def fit(
+    method: Method,
+    batches: StepBatches,
+    *,
+    steps: int,
+    out: Path | str,
+    optimizer: Optimizer = Optimizer(),  # noqa: B008 — frozen
+    seed: int = 0,
+    save_every: int = 100,
+    log_every: int = 10,
+    probes: Mapping[str, Callable[[Method], float]] = {},
+    record: Mapping[str, Any] = {},
+    fabric: Fabric | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Train `method` for `steps` steps into the folder `out`, going on from the checkpoint that lies there.
+
+    `out` receives run.json (what was asked for), log.jsonl and checkpoint.safetensors; the method is trained in place.
+    `probes` are evaluated where a checkpoint is written; `record` is what else run.json shall hold (JSON values), and
+    what a resumed run must agree with. Several processes: pass a launched `fabric`. Ctrl-C and
+    SIGTERM finish the step, write a checkpoint and then interrupt.
+
+    Raises TrainingError where the loss is not finite (the last good checkpoint stays) and where `out` holds a run that
+    was asked for differently.
+    """
+    out, started = Path(out), time.monotonic()
+    fabric = fabric or Fabric(accelerator=runtime.device().type, devices=1)
+    missing = set(method.needs) - set(batches[0])
+    if missing:
+        raise TrainingError(
+            f"{type(method).__name__} needs {sorted(missing)} in each batch; the data gives {sorted(batches[0])}."
+        )
+    asked = {
+        **record,
+        "method": type(method).__name__,
+        "steps": steps,
+        "batch": batches.batch,
+        "seed": seed,
+        "optimizer": asdict(optimizer),
+    }
+    if fabric.is_global_zero:
+        _agree(out / "run.json", asked)
+    raw = optimizer.build(method)
+    model, stepper = fabric.setup(method, raw)
+    first = 0
+    if (out / CHECKPOINT).exists():
+        saved = checkpoints.load(out / CHECKPOINT)
+        checkpoints.restore(saved, method, raw)
+        first = saved.step
+    fabric.barrier()
+
+    peak = [group["lr"] for group in raw.param_groups]
+    log = Log(out / "log.jsonl", step=first) if fabric.is_global_zero else None
+    pending: list[torch.Tensor] = []  # losses since the last look at them: reading one waits for the device
+    line = Line(
+        type(method).__name__.lower(),
+        unit="images" if tuple(method.needs) == ("image",) else "pairs",
+        done=first,
+        quiet=quiet or log is None,
+    )
+
+    def flush(done: int, result: Out, rate: float) -> None:
+        """Look at the losses since the last flush; log the last one."""
+        losses = torch.stack(pending).tolist()
+        pending.clear()
+        for step, loss in enumerate(losses, start=done - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"The loss is {loss} in step {step}. The checkpoint in {out} is of step {last_saved}. Lower the "
+                    f"learning rate (now {optimizer.lr}), warm up longer, or clip the gradient (--optimizer.clip 1)."
+                )
+        rank = effective_rank(result.z[:RANK_ROWS])
+        figures = {"loss": losses[-1], "chance": result.chance, "rank": rank}
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
+        if log is not None:
+            parts = {name: float(value) for name, value in result.parts.items()}
+            log.write({"step": done, **figures, **parts, "lr": rate, "seconds": time.monotonic() - started})
+        line.update(done, steps, per_unit=batches.batch, figures=figures)
+
+    def stopping(done: int) -> bool:
+        """Whether to stop after this step; several processes agree on it, and so ask each other less often."""
+        if fabric.world_size == 1 or done == steps:
+            return interrupted() or done == steps
+        asked = torch.tensor(float(interrupted()))
+        return done % log_every == 0 and bool(fabric.all_reduce(asked, reduce_op="sum"))
+
+    last_saved = first
+    method.train()
+    with line, _interruptible() as interrupted, torch.random.fork_rng(enabled=True):
+        for step in range(first, steps):
+            torch.manual_seed(runtime.seed_of(seed, "step", step, runtime.world()[0]))
+            rate = warmup_cosine(step, steps=steps, warmup=optimizer.warmup)
+            for group, top in zip(raw.param_groups, peak, strict=True):
+                group["lr"] = top * rate
+            batch = fabric.to_device(batches[step])
+            result: Out = model(batch, runtime.generator(seed, "views", step))
+            fabric.backward(result.loss)
+            if optimizer.clip:
+                fabric.clip_gradients(model, stepper, max_norm=optimizer.clip)
+            stepper.step()
+            stepper.zero_grad()
+            method.after_step((step + 1) / steps)
+
+            done = step + 1
+            pending.append(result.loss.detach().float())
+            stop = stopping(done)
+            save = stop or done % save_every == 0
+            if save or done % log_every == 0:
+                flush(done, result, peak[0] * rate)
+            if save and fabric.is_global_zero:
+                checkpoints.save(out / CHECKPOINT, method, raw, step=done)
+                last_saved = done
+                if probes and log is not None:
+                    log.write({"step": done, **_probed(method, probes)})
+            if stop and done < steps:
+                raise KeyboardInterrupt(f"stopped after step {done}; the same command goes on from there")
+    fabric.barrier()
+    method.eval()
+    return Run(out, steps, read_log(out / "log.jsonl"), time.monotonic() - started)
+
+
+def _agree(path: Path, record: dict[str, Any]) -> None:
+    """Write what was asked for; where something else was asked for before, refuse and say what differs."""
+    if path.exists():
+        before = json.loads(path.read_text())
+        differs = [
+            f"{key} {before.get(key)!r} → {value!r}" for key, value in record.items() if before.get(key) != value
+        ]
+        if differs:
+            raise TrainingError(
+                f"{path.parent} holds another run: {'; '.join(differs)}. Give another --out, or remove that folder."
+            )
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1) + "\n"))
+
+
+def _probed(method: Method, probes: Mapping[str, Callable[[Method], float]]) -> dict[str, float]:
+    method.eval()
+    with torch.no_grad():
+        values = {name: float(probe(method)) for name, probe in probes.items()}
+    method.train()
+    return values
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether Ctrl-C or SIGTERM came; a second Ctrl-C interrupts at once."""
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if came:
+            signal.default_int_handler(number, None)
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,100 @@
+"""Optimisers and schedules. A schedule is a function of the step, so resuming it takes no state."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from twofold.errors import UsageError
+
+
+def warmup_cosine(step: int, *, steps: int, warmup: int = 0) -> float:
+    """Share of the peak learning rate in `step` (0 … steps−1): linear up over `warmup` steps, then half a cosine.
+
+    The first step after warm-up has the peak; the cosine would reach 0 at step `steps`.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rates — arXiv 1708.03888, with momentum as SimCLR, BYOL and Barlow Twins use it.
+
+    g ← g + weight_decay·p;  q = eta·‖p‖/‖g‖;  μ ← momentum·μ + q·g;  p ← p − lr·μ.
+    A group with adapt=False (biases and norms: everything with fewer than two axes) has q = 1.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 1e-3,
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = p.grad.add(p, alpha=group["weight_decay"])
+                if group["adapt"]:
+                    g.mul_(_trust(p, g, eta=group["eta"]))
+                state = self.state[p]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].mul_(group["momentum"]).add_(g)
+                p.add_(state["momentum"], alpha=-group["lr"])
+        return loss
+
+
+def _trust(p: Tensor, g: Tensor, *, eta: float) -> Tensor:
+    """eta·‖p‖/‖g‖, and 1 where either norm is 0."""
+    weight, gradient = p.norm(), g.norm()
+    ratio = eta * weight / gradient
+    return torch.where((weight > 0) & (gradient > 0), ratio, torch.ones_like(ratio))
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Which optimiser, how fast, for how long warmed up. `lr` is the peak; nothing is scaled behind your back."""
+
+    name: Literal["adamw", "lars", "sgd"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    momentum: float = 0.9  # AdamW's first beta
+    warmup: int = 0  # steps
+    clip: float = 0.0  # largest gradient norm; 0 clips nothing
+
+    def __post_init__(self):
+        if self.name not in ("adamw", "lars", "sgd"):
+            raise UsageError(f"There is no optimizer {self.name!r}. Known: adamw, lars, sgd.")
+        if not self.lr > 0:
+            raise UsageError(f"The learning rate must be above 0; got {self.lr}.")
+
+    def build(self, module: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser of everything in `module` that learns; axes < 2 (biases, norms, temperatures) never decay."""
+        learning = [p for p in module.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in learning if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        if self.name == "lars":
+            groups[1]["adapt"] = False
+            return LARS(groups, lr=self.lr, momentum=self.momentum)
+        if self.name == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.momentum, 0.999))

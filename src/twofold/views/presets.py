@@ -1,0 +1,31 @@
+"""The policies of the papers, by name. A variant is `dataclasses.replace(PRESET, …)`."""
+
+from twofold.views.policy import Policy
+
+SIMCLR = Policy()
+"""SimCLR on ImageNet: jitter of strength 1 (arXiv 2002.05709, appendix A)."""
+
+SIMCLR_CIFAR = Policy(size=32, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=0.0)
+"""SimCLR on CIFAR-10: jitter of strength ½, no blur (appendix B.9)."""
+
+MOCO_V2 = Policy(area=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+"""MoCo v2 (arXiv 2003.04297 and its official code)."""
+
+BYOL = (
+    Policy(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0),
+    Policy(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=0.1, solarize=0.2),
+)
+"""BYOL and Barlow Twins: the first view is always blurred; the second seldom, and at times solarized
+(arXiv 2006.07733, appendix B)."""
+
+NONE = Policy(area=(1.0, 1.0), aspect=(1.0, 1.0), flip=0.0, jitter=0.0, gray=0.0, blur=0.0)
+"""Nothing random: the largest central square, resized."""
+
+PRESETS = {
+    "simclr": SIMCLR,
+    "simclr-cifar": SIMCLR_CIFAR,
+    "moco-v2": MOCO_V2,
+    "byol-1": BYOL[0],
+    "byol-2": BYOL[1],
+    "none": NONE,
+}

@@ -1,0 +1,135 @@
+"""What every method keeps, whatever it computes. A new method is tested by being in METHODS."""
+
+import inspect
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from twofold import runtime
+from twofold.data.loader import Batches
+from twofold.methods import METHODS, Method, Out
+from twofold.models.bundle import Bundle
+from twofold.models.encoders import ImageEncoder, image_encoder
+from twofold.train.checkpoint import load
+from twofold.train.loop import fit
+from twofold.train.optim import Optimizer
+from twofold.views import SIMCLR_CIFAR
+
+DOCS = Path(__file__).parents[2] / "docs" / "methods"
+N, BATCH, SIZE, WIDTH = 64, 16, 16, 24
+POLICY = replace(
+    SIMCLR_CIFAR, size=SIZE, area=(0.5, 1.0), jitter=0.2, gray=0.0
+)  # mild: there are few steps to learn in
+pytestmark = pytest.mark.parametrize("name", METHODS)
+
+
+def make(name: str) -> Method:
+    """A small one of its kind, always with the same weights."""
+    torch.manual_seed(0)
+    if METHODS[name].needs == ("image",):
+        encoder = image_encoder("timm:resnet18/8", size=SIZE, small_stem=True)
+        return METHODS[name](encoder, policy=POLICY)
+    return METHODS[name]({"image": nn.Linear(WIDTH, 8), "text": nn.Linear(WIDTH, 8)})
+
+
+def batches(name: str, *, batch: int = BATCH) -> Batches:
+    draw = torch.Generator().manual_seed(1)
+    if METHODS[name].needs == ("image",):
+        coarse = torch.rand(N, 3, 2, 2, generator=draw)  # blotches that survive a crop
+        pictures = nn.functional.interpolate(coarse, SIZE, mode="bilinear")
+        return Batches({"image": (pictures * 255).byte()}, batch=batch, seed=0)
+    common = torch.randn(N, WIDTH, generator=draw)
+    columns = {side: common + 0.1 * torch.randn(N, WIDTH, generator=draw) for side in METHODS[name].needs}
+    return Batches(columns, batch=batch, seed=0)
+
+
+def run(method: Method, name: str, seed: int = 0) -> Out:
+    return method(batches(name)[0], runtime.generator(seed))
+
+
+def test_the_loss_is_a_finite_scalar_beside_its_chance_level(name):
+    out = run(make(name), name)
+    assert out.loss.shape == ()
+    assert out.loss.isfinite()
+    assert out.z.ndim == 2
+    assert math.isnan(out.chance) or out.chance > 0
+
+
+def test_every_parameter_that_learns_gets_a_gradient(name):
+    method = make(name)
+    run(method, name).loss.backward()
+    without = [key for key, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+
+
+def test_the_generator_alone_decides_what_is_random(name):
+    first, again = (run(make(name), name, seed=3) for _ in range(2))
+    assert torch.equal(first.loss, again.loss)
+    if METHODS[name].needs == ("image",):
+        assert not torch.equal(first.loss, run(make(name), name, seed=4).loss)
+
+
+def test_it_learns(name, tmp_path):
+    optimizer = Optimizer(lr=1e-2, warmup=4)
+    done = fit(make(name), batches(name), steps=40, out=tmp_path, optimizer=optimizer, log_every=1, quiet=True)
+    losses = [line["loss"] for line in done.log]
+    first, last = sum(losses[:8]) / 8, sum(losses[-8:]) / 8
+    assert last < 0.95 * first
+    assert last < done.log[-1].get("chance", math.inf)
+
+
+def test_stopped_and_started_again_it_ends_with_the_same_weights(name, tmp_path):
+    def train(steps_before_stop: int | None, out: Path):
+        class Stop(Batches):
+            def __getitem__(self, step):
+                if step == steps_before_stop:
+                    raise KeyboardInterrupt  # as sudden as a kill: nothing is saved on the way out
+                return super().__getitem__(step)
+
+        source = batches(name)
+        source.__class__ = Stop
+        options = {"steps": 9, "out": out, "optimizer": Optimizer(lr=1e-2, warmup=3), "save_every": 2, "log_every": 1}
+        try:
+            return fit(make(name), source, quiet=True, **options)
+        except KeyboardInterrupt:
+            return fit(make(name), batches(name), quiet=True, **options)
+
+    whole, stopped = train(None, tmp_path / "whole"), train(5, tmp_path / "stopped")
+    one, other = (load(done.out / "checkpoint.safetensors").tensors for done in (whole, stopped))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    figures = [[{k: v for k, v in line.items() if k != "seconds"} for line in done.log] for done in (whole, stopped)]
+    assert figures[0] == figures[1]
+    assert [line["step"] for line in figures[0]] == list(range(1, 10))
+
+
+def test_its_towers_make_a_bundle(name, tmp_path):
+    method = make(name)
+    if not all(isinstance(tower, ImageEncoder) for tower in method.towers().values()):
+        assert method.towers().keys() == set(method.needs)
+        return
+    bundle = Bundle(method.towers())
+    bundle.save(tmp_path / "bundle")
+    assert Bundle.load(tmp_path / "bundle").fingerprint == bundle.fingerprint
+
+
+def test_it_is_final_and_one_deep(name):
+    assert METHODS[name].__bases__ == (Method,)
+
+
+def test_its_signature_is_its_configuration(name):
+    parameters = list(inspect.signature(METHODS[name]).parameters.values())
+    assert len(parameters) <= 8
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in parameters[1:])
+
+
+def test_its_page_states_the_defaults_of_the_paper(name):
+    page = (DOCS / f"{name}.md").read_text()
+    table = {row[0]: row[1] for line in page.splitlines() if (row := line.strip("| ").split(" | ")) and len(row) >= 2}
+    for parameter in list(inspect.signature(METHODS[name]).parameters.values())[1:]:
+        if isinstance(parameter.default, int | float):
+            assert float(table[f"`{parameter.name}`"]) == parameter.default

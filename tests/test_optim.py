@@ -1,0 +1,82 @@
+"""Optimisers against their formulas."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from twofold.errors import UsageError
+from twofold.train.optim import LARS, Optimizer, warmup_cosine
+
+
+def test_warmup_rises_evenly_to_the_peak_and_the_cosine_falls_to_zero():
+    rates = [warmup_cosine(step, steps=20, warmup=4) for step in range(20)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(a > b for a, b in pairwise(rates[4:]))
+    assert rates[12] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 0.01
+    assert warmup_cosine(20, steps=20, warmup=4) == pytest.approx(0)
+
+
+def test_lars_is_its_formula():
+    torch.manual_seed(0)
+    matrix, bias = (
+        nn.Parameter(torch.randn(3, 4, dtype=torch.float64)),
+        nn.Parameter(torch.randn(4, dtype=torch.float64)),
+    )
+    groups = [{"params": [matrix], "weight_decay": 0.1}, {"params": [bias], "weight_decay": 0.0, "adapt": False}]
+    optimizer = LARS(groups, lr=0.5, momentum=0.9)
+    p, b = matrix.detach().clone(), bias.detach().clone()
+    mu_p, mu_b = torch.zeros_like(p), torch.zeros_like(b)
+    for step in range(3):
+        gp, gb = torch.randn_like(p), torch.randn_like(b)
+        matrix.grad, bias.grad = gp.clone(), gb.clone()
+        optimizer.step()
+        g = gp + 0.1 * p
+        mu_p = 0.9 * mu_p + 1e-3 * p.norm() / g.norm() * g
+        mu_b = 0.9 * mu_b + gb
+        p, b = p - 0.5 * mu_p, b - 0.5 * mu_b
+        torch.testing.assert_close(matrix.detach(), p, msg=f"step {step}")
+        torch.testing.assert_close(bias.detach(), b)
+
+
+@pytest.mark.parametrize("zero", ["weight", "gradient"])
+def test_lars_takes_a_plain_step_where_a_norm_is_zero(zero):
+    p = nn.Parameter(torch.zeros(2, 2) if zero == "weight" else torch.ones(2, 2))
+    p.grad = torch.zeros(2, 2) if zero == "gradient" else torch.ones(2, 2)
+    LARS([p], lr=0.1).step()
+    assert p.isfinite().all()
+    assert torch.equal(p.detach(), torch.full((2, 2), -0.1) if zero == "weight" else torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lars", "sgd"])
+def test_biases_norms_and_temperatures_never_decay(name):
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    module.temperature = nn.Parameter(torch.tensor(2.0))
+    optimizer = Optimizer(name=name, lr=0.1, weight_decay=0.5).build(module)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {key: decays[id(p)] for key, p in module.named_parameters()} == {
+        "temperature": 0.0,
+        "0.weight": 0.5,
+        "0.bias": 0.0,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+    }
+
+
+def test_what_is_frozen_is_not_optimised():
+    module = nn.Linear(3, 3)
+    module.bias.requires_grad_(False)
+    groups = Optimizer().build(module).param_groups
+    assert sum(len(group["params"]) for group in groups) == 1
+
+
+def test_unknown_optimizers_and_impossible_rates_are_refused():
+    with pytest.raises(UsageError, match="adam"):
+        Optimizer(name="adam")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="above 0"):
+        Optimizer(lr=0)
+    with pytest.raises(UsageError):
+        Optimizer(lr=math.nan)
