@@ -280,6 +280,31 @@ def test_switching_one_operation_off_leaves_the_others_draws():
         assert torch.equal(getattr(full, name), getattr(without, name))
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_views_do_not_depend_on_the_number_of_threads_and_leave_it_as_it_was(threads):
+    policy, x = replace(SIMCLR, size=96), pictures(b=40, h=96, w=96)
+    views = []
+    for count in (1, 2, 3):
+        threads(count)
+        views.append(policy(x, draw()))
+        assert torch.get_num_threads() == count
+    assert torch.equal(views[0], views[1]) and torch.equal(views[0], views[2])
+    with pytest.raises(UsageError):
+        policy(x.int(), draw())
+    assert torch.get_num_threads() == 3
+
+
+def test_views_carry_no_gradient_in_any_thread():
+    x = pictures(b=40, h=96, w=96, dtype=torch.float32).requires_grad_()
+    assert not replace(SIMCLR, size=96)(x, draw()).requires_grad
+
+
 def test_views_under_autocast_are_the_same():
     x = pictures(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

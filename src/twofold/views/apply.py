@@ -129,8 +129,8 @@ def color_map(
     Saturation and hue leave luma alone, brightness and contrast treat all channels alike: the four commute, and the
     order that torchvision draws at random has nothing to decide. Two things differ from torchvision. Values are
     clamped to [0, 1] once, at the end, not after each operation. And hue turns at constant luma, which is linear,
-    where HSV turns it at constant maximum, which is not: on CIFAR-10's test pictures and for turns uniform in ±.2, HSV
-    moves a value by 6.8 levels of 255 on average, and this ends 6.0 levels from there.
+    where HSV turns it at constant maximum, which is not: for turns uniform in ±.2 of 400 CIFAR-10 pictures, HSV moves
+    a value by 6.8 levels of 255 on average, and this ends 6.0 levels from there.
 
     Saturation 0 is grayscale. Saturation and hue exist for three channels; for other counts pass 1 and 0, luma then is
     the mean of the channels.

@@ -86,7 +86,7 @@ class Policy:
 
         The same state of `draw` gives the same views; with several processes, each passes its rows of the batch.
         """
-        b, _, h, w = _checked(images).shape
+        b, _, h, w = _shape(images)
         return self.render(images, self.parameters(b, h, w, draw))
 
     def parameters(self, count: int, height: int, width: int, draw: torch.Generator) -> Parameters:
@@ -96,7 +96,7 @@ class Policy:
                 f"area={self.area} of a picture of {height}×{width} pixels is less than one pixel. Raise area."
             )
         # A fixed number of columns: switching one operation off leaves what is drawn for the others as it was.
-        noise = runtime.uniform(count, COLUMNS, draw).double()
+        noise = runtime.uniform(count, COLUMNS, draw).cpu().double()
         areas, aspects, rest = noise.split((TRIES, TRIES, COLUMNS - 2 * TRIES), dim=1)
         top, left, flip, vflip, jitter, *factors, hue, gray, blur, sigma, solarize = rest.unbind(1)
         jittered = jitter < self.jitter
@@ -140,8 +140,9 @@ class Policy:
         self, images: Shaped[Tensor, "b c h w"], drawn: Parameters
     ) -> Float[Tensor, "b c {self.size} {self.size}"]:
         """The views that `drawn` describes: a function of its arguments alone."""
-        b, c, h, w = _checked(images).shape
+        b, c, h, w = _shape(images)
         self._check_channels(c)
+        _check_range(images)
         views = _empty((b, c, self.size, self.size), images.device)
         colors = apply.color_map(
             c,
@@ -225,14 +226,17 @@ def _check(holds: bool, policy: Policy, name: str, expected: str) -> None:
         raise UsageError(f"Policy({name}={getattr(policy, name)!r}): {name} must be {expected}.")
 
 
-def _checked(images: Tensor) -> Tensor:
+def _shape(images: Tensor) -> torch.Size:
     if images.ndim != 4 or 0 in images.shape[1:]:
         raise UsageError(f"A policy takes pictures [b, c, h, w]; these are {list(images.shape)}.")
+    return images.shape
+
+
+def _check_range(images: Tensor) -> None:
     if images.dtype.is_floating_point and len(images):
         low, high = images.aminmax()
-        if not (low >= 0 and high <= 1):
+        if not (low >= 0 and high <= 1):  # nor where they are NaN
             raise UsageError(
                 f"Float pictures lie in [0, 1]; these in [{low:.3g}, {high:.3g}]. Divide by their largest possible "
                 "value, or pass them as uint8 or uint16."
             )
-    return images

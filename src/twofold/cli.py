@@ -1,0 +1,471 @@
+"""The command line: one short function a verb. It reads flags, calls the library and prints what comes back.
+
+Results go to stdout, progress and errors to stderr. Exit status: 0 done, 1 something the message says how to mend,
+2 wrong usage, 130 interrupted.
+"""
+
+import dataclasses
+import inspect
+import json as jsonlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tyro
+from tyro.conf import OmitArgPrefixes, arg
+
+from twofold.errors import TwofoldError, unknown
+
+Data = Annotated[str, arg(metavar="DATA")]
+Folder = Annotated[Path, arg(metavar="DIR")]
+OnError = Literal["skip", "raise"]
+
+
+def demo(*, out: Folder = Path("twofold-demo"), json: bool = False) -> None:
+    """The main job on shipped data: 4,495 emoji and their names come to share a space, and are searched.
+
+    Offline, about two minutes the first time. Ctrl-C at any point; the next call goes on from there.
+
+    examples:
+      twofold demo
+      twofold demo --json > figures.json
+
+    Args:
+        out: where the model and the index go
+        json: print one JSON object with every figure
+    """
+    from twofold.demo import demo
+
+    figures = demo(out, quiet=json)
+    if json:
+        print(jsonlib.dumps(figures, ensure_ascii=False))
+
+
+def align(
+    pairs: Data,
+    /,
+    *,
+    out: Folder,
+    recipe: "OmitArgPrefixes[Recipe]",
+    image: str = "efficientnet-lite0",
+    text: str = "minilm",
+    images: Annotated[Path | None, arg(metavar="DIR")] = None,
+    on_error: OnError = "skip",
+    json: bool = False,
+) -> None:
+    """Bring pictures and their texts into one space: two frozen encoders, two small heads that learn in seconds.
+
+    DATA is a manifest (CSV, JSONL, Parquet) with a picture and a text column, or "openmoji". Where it names splits,
+    "train" is learned from and "test" is measured.
+
+    examples:
+      twofold align captions.csv --out runs/b
+      twofold align captions.csv --out runs/c --objective clip --epochs 40
+
+    Args:
+        pairs: pictures with texts
+        out: the run's folder; the bundle comes to lie in it
+        image: the picture encoder
+        text: the text encoder, "minilm" or "hf:FOLDER"
+        images: where the manifest's pictures are, if not beside it
+        on_error: what to do with a picture that cannot be read
+        json: print the result as JSON
+    """
+    from twofold.data.sources import open_source
+    from twofold.measure.evaluate import evaluate
+    from twofold.train.align import align
+
+    source = open_source(pairs, images=images)
+    done = align(source, out=out, image=image, text=text, recipe=recipe, on_error=on_error, quiet=json)
+    figures = {"bundle": str(out / "bundle"), "fingerprint": done.bundle.fingerprint, "steps": done.run.steps}
+    measured = None
+    if source.splits is not None and "test" in source.splits:
+        measured = evaluate(done.bundle, source, quiet=json)
+    if json:
+        _print_json({**figures, "evaluation": measured})
+        return
+    _print_skipped(done.skipped)
+    if measured:
+        _print_evaluation(measured)
+    print(f"\n  {out / 'bundle'}\n  next: twofold index {pairs} --model {out} --out {out / 'index'}")
+
+
+def evaluate(
+    model: Annotated[Path, arg(metavar="MODEL")],
+    /,
+    *,
+    data: Data,
+    split: str = "test",
+    limit: int | None = None,
+    baselines: bool = False,
+    on_error: OnError = "skip",
+    json: bool = False,
+) -> None:
+    """Measure a model: kNN and linear probe where there are labels, recall both ways where there are captions.
+
+    examples:
+      twofold evaluate runs/a --data photos/ --baselines
+      twofold evaluate runs/b --data captions.csv
+
+    Args:
+        model: a bundle, or the folder of a run
+        data: labelled or captioned pictures with splits
+        split: what is tested on; probes are fitted on "train"
+        limit: fit the probes on the first so many items of "train"
+        baselines: measure raw pixels and the untrained encoder too
+        on_error: what to do with a picture that cannot be read
+        json: print the result as JSON
+    """
+    from twofold.data.sources import open_source
+    from twofold.measure.evaluate import evaluate
+    from twofold.models.bundle import Bundle
+
+    measured = evaluate(
+        Bundle.load(model),
+        open_source(data),
+        split=split,
+        limit=limit,
+        baselines=baselines,
+        on_error=on_error,
+        quiet=json,
+    )
+    if json:
+        _print_json(measured)
+    else:
+        _print_evaluation(measured)
+
+
+def embed(
+    data: Data,
+    /,
+    *,
+    model: Annotated[str, arg(metavar="MODEL")] = "efficientnet-lite0",
+    out: Annotated[Path, arg(metavar="FILE.npz")],
+    modality: Literal["image", "text"] = "image",
+    on_error: OnError = "skip",
+    json: bool = False,
+) -> None:
+    """Turn pictures or texts into vectors: an NPZ with `ids` and `vectors`, float32 [n, d].
+
+    examples:
+      twofold embed photos/ --out photos.npz
+      twofold embed captions.csv --model runs/b --modality text --out captions.npz
+
+    Args:
+        data: what to embed
+        model: a bundle, the folder of a run, or the name of an encoder
+        out: the file to write
+        modality: which column to embed
+        on_error: what to do with a picture that cannot be read
+        json: print the result as JSON
+    """
+    import numpy as np
+
+    from twofold.data.atomic import write_atomically
+    from twofold.data.sources import open_source
+    from twofold.measure.embed import embed
+    from twofold.progress import Line
+
+    with Line("embed", unit=f"{modality}s", quiet=json) as line:
+        done = embed(_model(model, modality), open_source(data), modality, on_error=on_error, progress=line.update)
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:
+            np.savez(file, ids=np.array(done.ids), vectors=done.matrix)
+
+    write_atomically(out, write)
+    if json:
+        _print_json({"out": str(out), "items": len(done.ids), "dim": done.matrix.shape[1], "skipped": done.skipped})
+    else:
+        _print_skipped(done.skipped)
+        print(f"  {len(done.ids):,} vectors of {done.matrix.shape[1]} in {out}")
+
+
+def index(
+    source: Data,
+    /,
+    *,
+    model: Annotated[Path, arg(metavar="MODEL")],
+    out: Folder,
+    existing: Literal["keep", "prune", "replace"] = "keep",
+    on_error: OnError = "skip",
+    json: bool = False,
+) -> None:
+    """Make a collection searchable. Run it again after changes: only what is new is embedded.
+
+    examples:
+      twofold index photos/ --model runs/b --out photos.index
+      twofold index photos/ --model runs/b --out photos.index --existing prune
+
+    Args:
+        source: what shall be found
+        model: a bundle, or the folder of a run
+        out: the index's folder
+        existing: items that the index has and the source has not: keep or prune them; replace begins anew
+        on_error: what to do with a picture that cannot be read
+        json: print the result as JSON
+    """
+    from twofold.progress import Line
+    from twofold.retrieve.index import index
+
+    with Line("embed", unit="items", quiet=json) as line:
+        built = index(source, model=model, out=out, existing=existing, on_error=on_error, progress=line.update)
+    if json:
+        _print_json(dataclasses.asdict(built))
+        return
+    _print_skipped(built.skipped)
+    print(
+        f"  {built.items:,} items in {out}: {built.added:,} added, {built.changed:,} changed, "
+        f'{built.removed:,} removed, {built.embedded:,} embedded\n  next: twofold search {out} "a red heart"'
+    )
+
+
+def search(
+    index: Annotated[Path, arg(metavar="INDEX")],
+    text: Annotated[str | None, arg(metavar="WORDS")] = None,
+    /,
+    *,
+    image: Annotated[Path | None, arg(metavar="FILE")] = None,
+    id: str | None = None,
+    minus: str | None = None,
+    weight: float = 0.5,
+    k: int = 10,
+    where: tuple[str, ...] = (),
+    json: bool = False,
+) -> None:
+    """Search an index with words, a picture, an item of it, or several of them together.
+
+    examples:
+      twofold search photos.index "a red boat at dusk"
+      twofold search photos.index --image boat.jpg "in the snow"
+      twofold search photos.index --id 1F496 --where group=symbols --k 5
+
+    Args:
+        index: the index's folder
+        text: what to look for, in words
+        image: a picture to look for the like of
+        id: an item of the index to look for the like of
+        minus: words to lead away from
+        weight: the words' share where a picture or an item is given too, 0..1
+        k: how many
+        where: only items whose metadata are so: column=value
+        json: print the result as JSON
+    """
+    from contextlib import closing
+
+    from twofold.retrieve.index import Index
+    from twofold.retrieve.store import parse_where
+
+    wanted = parse_where(where)
+    with closing(Index.open(index)) as opened:
+        hits = opened.search(text, image=image, id=id, minus=minus, weight=weight, k=k, where=wanted)
+    if json:
+        _print_json([hit._asdict() for hit in hits])
+    else:
+        _print_hits(hits)
+
+
+def methods(*, json: bool = False) -> None:
+    """List the methods that `twofold train` knows, with the first line of each.
+
+    examples:
+      twofold methods
+
+    Args:
+        json: print the result as JSON
+    """
+    from twofold.methods import METHODS
+
+    lines = {name: (inspect.getdoc(sys.modules[m.__module__]) or "").splitlines()[0] for name, m in METHODS.items()}
+    if json:
+        _print_json(lines)
+    else:
+        print("\n".join(f"  {name:<8} {line}" for name, line in lines.items()))
+
+
+def train(name: str, arguments: list[str]) -> None:
+    """Train a method from scratch on pictures (and texts). Called again, it goes on where it was stopped.
+
+    examples:
+      twofold train simclr photos/ --out runs/a
+      twofold train simclr cifar10/ --out runs/c --encoder timm:resnet18 --small-stem --policy simclr-cifar
+      twofold train siglip captions.csv --out runs/b --temperature 0.1
+
+    """
+    from twofold.data.sources import open_source
+    from twofold.methods import METHODS
+    from twofold.train.optim import Optimizer
+    from twofold.train.train import Setting, train
+
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    kind: Any = _options(METHODS[name])
+
+    def verb(
+        data: Data,
+        /,
+        *,
+        out: Folder,
+        setting: OmitArgPrefixes[Setting] = Setting(),  # noqa: B008 — frozen
+        optimizer: Optimizer = Optimizer(),  # noqa: B008 — frozen
+        options: OmitArgPrefixes[kind] = kind(),  # type: ignore[valid-type]  # noqa: B008 — frozen
+        json: bool = False,
+    ) -> None:
+        done = train(
+            name,
+            open_source(data),
+            out=out,
+            setting=setting,
+            optimizer=optimizer,
+            options=dataclasses.asdict(options),
+            quiet=json,
+        )
+        if json:
+            _print_json({"out": str(out), "steps": done.steps, "seconds": done.seconds, "last": done.log[-1]})
+        else:
+            print(f"  {out / 'bundle'}\n  next: twofold evaluate {out} --data {data} --baselines")
+
+    words = inspect.getdoc(sys.modules[METHODS[name].__module__]) or ""
+    _call(verb, f"train {name}", arguments, description=f"{words}\n\n{_described(_train_doc())}")
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    verb.__name__: verb for verb in (demo, train, align, evaluate, embed, index, search, methods)
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+        if verb in ("-h", "--help", "help"):
+            print(_overview())
+        elif verb == "--version":
+            import twofold
+
+            print(f"twofold {twofold.__version__}")
+        elif verb not in VERBS:
+            raise unknown("command", verb, VERBS)
+        elif verb == "train":
+            if not rest or rest[0].startswith("-"):
+                print(f"{_described(_train_doc())}\n\n  twofold train METHOD --help says more. METHOD is one of:")
+                methods()
+            else:
+                train(rest[0], rest[1:])
+        else:
+            _call(VERBS[verb], verb, rest)
+    except TwofoldError as error:
+        print(f"twofold: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt as stopped:
+        print(f"twofold: interrupted. {stopped or 'The same command goes on from there.'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `twofold … | head`
+        sys.stderr.close()
+    except SystemExit as exit:  # tyro has printed what was wrong, or the help
+        return exit.code if isinstance(exit.code, int) else 2
+    return 0
+
+
+def _call(verb: Callable[..., None], name: str, arguments: list[str], *, description: str | None = None) -> None:
+    """Read `arguments` as the signature of `verb` says, and call it."""
+    if verb is align:
+        # The recipe's class lives beside torch, which `twofold --help` need not wait for.
+        from twofold.train.align import Recipe
+
+        align.__annotations__["recipe"] = OmitArgPrefixes[Recipe]
+        align.__kwdefaults__ = {**(align.__kwdefaults__ or {}), "recipe": Recipe()}
+    tyro.cli(
+        verb,
+        prog=f"twofold {name}",
+        args=arguments,
+        description=description or _described(inspect.getdoc(verb) or ""),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _described(doc: str) -> str:
+    """A docstring without what tyro shows beside the flags."""
+    return doc.split("\nArgs:")[0].rstrip()
+
+
+def _train_doc() -> str:
+    return inspect.getdoc(train) or ""
+
+
+def _overview() -> str:
+    lines = [f"  {name:<9} {(inspect.getdoc(verb) or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "twofold: train representations by comparing views, and search with them.",
+            "",
+            *lines,
+            "",
+            "twofold COMMAND --help says more; start with `twofold demo`.",
+        ]
+    )
+
+
+def _options(method: type) -> type:
+    """A dataclass of what a method's signature leaves to choose: its keyword-only parameters of plain types."""
+    hints = get_type_hints(getattr(method, "__init__"))  # noqa: B009 — a class's, not an instance's
+    plain = [
+        (p.name, hints[p.name], p.default)
+        for p in inspect.signature(method).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and hints[p.name] in (int, float, bool, str)
+    ]
+    return dataclasses.make_dataclass(
+        f"{method.__name__}Options", [(n, t, dataclasses.field(default=d)) for n, t, d in plain], frozen=True
+    )
+
+
+def _model(name: str, modality: str) -> Any:
+    """A bundle by its folder or its run's, else an encoder by its name."""
+    if Path(name).exists():
+        from twofold.models.bundle import Bundle
+
+        return Bundle.load(name)
+    from twofold.models.encoders import image_encoder, text_encoder
+
+    return image_encoder(name) if modality == "image" else text_encoder(name)
+
+
+# -- Printing ---------------------------------------------------------------------------------------------------------
+
+
+def _print_json(result: Any) -> None:
+    print(jsonlib.dumps(plain(result), ensure_ascii=False))
+
+
+def plain(result: Any) -> Any:
+    """A result as JSON values: named tuples become objects, arrays lists, paths and other keys strings."""
+    if isinstance(result, tuple) and hasattr(result, "_asdict"):
+        return plain(result._asdict())
+    if isinstance(result, dict):
+        return {str(key): plain(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [plain(value) for value in result]
+    if hasattr(result, "tolist"):
+        return result.tolist()
+    return str(result) if isinstance(result, Path) else result
+
+
+def _print_skipped(skipped: list) -> None:
+    for item in skipped[:5]:
+        print(f"  skipped {item.id}: {item.reason}", file=sys.stderr)
+    if len(skipped) > 5:
+        print(f"  … {len(skipped)} items skipped in all", file=sys.stderr)
+
+
+def _print_evaluation(measured: Any) -> None:
+    from twofold.terminal import CONSOLE, evaluation_tables
+
+    CONSOLE.print(*evaluation_tables(measured), sep="\n")
+
+
+def _print_hits(hits: list) -> None:
+    from twofold.terminal import CONSOLE, hits_table
+
+    CONSOLE.print(hits_table(hits))

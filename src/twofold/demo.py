@@ -1,0 +1,145 @@
+"""The main job on shipped data, start to end: pictures and words come to share a space, and are searched."""
+
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from twofold.data.samples import ATTRIBUTION, openmoji
+from twofold.data.sources import Source
+from twofold.measure.evaluate import Paired, evaluate
+from twofold.progress import Line
+from twofold.retrieve.index import Index
+from twofold.retrieve.store import Hit
+from twofold.terminal import CONSOLE, recall_table
+from twofold.train.align import Recipe, align
+
+RECIPE = Recipe()
+
+# What is asked of the index: words, an emoji's picture by its id, or both.
+QUERIES: tuple[dict[str, Any], ...] = (
+    {"text": "something sweet"},
+    {"text": "a red heart"},
+    {"text": "feeling sick"},
+    {"id": "1F436"},  # dog face
+    {"id": "1F34E", "text": "green"},  # red apple
+)
+SHOWN = 6  # hits a query
+
+
+def demo(out: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Run the demo in the folder `out`, printing as it goes unless `quiet`; returns every figure it shows.
+
+    Each stage keeps what it has done, so a demo that was stopped goes on from there.
+    """
+    started = time.monotonic()
+    console = Console(quiet=True) if quiet else CONSOLE
+    emoji = openmoji()
+    sizes = {split: len(emoji.split(split)) for split in ("train", "val", "test")}
+    families = len(set(emoji.meta["family"]))
+    _heading(console, 1, "Data", f"{len(emoji):,} emoji in {families:,} families · " + _listed(sizes))
+    console.print(f"  {ATTRIBUTION}", style="dim", highlight=False)
+
+    _heading(console, 2, "Align", "EfficientNet-Lite0 and MiniLM, frozen · two small heads · sigmoid loss")
+    aligned = align(spoken(emoji), out=out, recipe=RECIPE, quiet=quiet)
+    last = aligned.run.log[-1]
+    console.print(f"  loss {last['loss']:.3f} after {aligned.run.steps:,} steps; chance is {last['chance']:.3f}")
+
+    _heading(console, 3, "Evaluate", "names and pictures that neither head has seen · 95 % intervals")
+    test = named(emoji.split("test"))
+    recall = {
+        name: _paired(bundle, test) for name, bundle in (("trained", aligned.bundle), ("untrained", aligned.untrained))
+    }
+    console.print(recall_table(recall))
+
+    _heading(console, 4, "Index", f"{len(emoji):,} pictures in Chroma")
+    with Line("index", unit="items", quiet=quiet) as line:
+        built = Index.build(emoji, aligned.bundle, out / "index", existing="prune", progress=line.update)
+
+    _heading(console, 5, "Search", "scores are cosines: an order, not a probability")
+    with closing(Index.open(out / "index", aligned.bundle)) as index:
+        answers = [(_asked(query, emoji), index.search(**query, k=SHOWN)) for query in QUERIES]
+    console.print(_answers(answers))
+
+    seconds = time.monotonic() - started
+    console.print(f"\n  {seconds:.0f} s in all. Next:")
+    for command in (f'twofold search {out / "index"} "time to sleep"', "twofold align --help", "twofold --help"):
+        console.print(f"    {command}", style="bold", highlight=False)
+    return {
+        "data": {"items": len(emoji), "families": families, "splits": sizes},
+        "training": {"loss": last["loss"], "chance": last["chance"], "steps": aligned.run.steps},
+        "recall": {name: _figures(paired) for name, paired in recall.items()},
+        "index": {"path": str(out / "index"), "items": built.items, "embedded": built.embedded},
+        "searches": [{"query": query, "hits": [_hit(hit) for hit in hits]} for query, hits in answers],
+        "seconds": round(seconds, 1),
+    }
+
+
+def spoken(emoji: Source) -> Source:
+    """Each emoji with two texts, its name and its tags, for training to alternate between."""
+    texts = [
+        [name, f"{name}: {tags}"] if tags else [name]
+        for name, tags in zip(emoji.meta["name"], emoji.meta["tags"], strict=True)
+    ]
+    return replace(emoji, texts=texts)
+
+
+def named(emoji: Source) -> Source:
+    """Each emoji with its name alone."""
+    return replace(emoji, texts=[[name] for name in emoji.meta["name"]])
+
+
+def _paired(bundle, test: Source) -> Paired:
+    measured = evaluate(bundle, replace(test, labels=None), quiet=True).paired
+    assert measured is not None  # the test split has names
+    return measured
+
+
+def _asked(query: dict[str, str], emoji: Source) -> str:
+    """The query as a person would put it."""
+    at = emoji.ids.index(query["id"]) if "id" in query else None
+    picture = None if at is None else f"picture of {emoji.meta['emoji'][at]}"
+    words = f"“{query['text']}”" if "text" in query else None
+    return " + ".join(part for part in (picture, words) if part)
+
+
+def _answers(answers: list[tuple[str, list[Hit]]]) -> Table:
+    made = Table(box=None, padding=(0, 2), pad_edge=True, show_header=False)
+    made.add_column(no_wrap=True, style="bold")
+    made.add_column(no_wrap=True)
+    made.add_column(style="dim", overflow="ellipsis", no_wrap=True)
+    for query, hits in answers:
+        made.add_row(
+            query,
+            " ".join(str(hit.meta["emoji"]) for hit in hits),
+            " · ".join(f"{hit.meta['name']} {hit.score:.2f}" for hit in hits),
+        )
+    return made
+
+
+def _heading(console: Console, number: int, what: str, about: str) -> None:
+    console.print(f"\n[bold]{number}  {what}[/bold]  {about}", highlight=False)
+
+
+def _listed(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+
+
+def _figures(paired: Paired) -> dict[str, Any]:
+    return {
+        direction: {
+            "recall": {str(k): found.recall[k]._asdict() for k in found.recall},
+            "chance": {str(k): value for k, value in found.chance.items()},
+            "median_rank": found.median_rank,
+            "gallery": found.gallery,
+        }
+        for direction, found in paired._asdict().items()
+    }
+
+
+def _hit(hit: Hit) -> dict[str, Any]:
+    return {"id": hit.id, "emoji": hit.meta["emoji"], "name": hit.meta["name"], "score": round(hit.score, 4)}

@@ -1,0 +1,212 @@
+"""From a source to a matrix: every picture or text through an encoder once, and never again.
+
+Vectors are kept by content and encoder. Another run, another order, more items or a name that changed cost nothing; a
+run that was interrupted goes on where it stopped.
+"""
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twofold import runtime
+from twofold.data.decode import OnError, Skipped, stream
+from twofold.data.sources import Modality, Source, content_key
+from twofold.data.vectors import Vectors
+from twofold.errors import DataError, FingerprintMismatch, UsageError
+from twofold.models.bundle import ENCODERS, Bundle, Tower
+from twofold.models.encoders import ImageEncoder, TextEncoder, device_of, fingerprint, inference, pixels
+from twofold.models.fast import accelerate
+from twofold.progress import Line
+
+BATCH = 64
+SHARD = 2048  # vectors made before they are written down: what a kill can cost
+FEW = 512  # contents; for fewer, exporting the encoder takes longer than running it as it is
+
+Progress = Callable[[int, int], None]
+Parts = Generator[tuple[list[int], np.ndarray], None, None]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The embeddings of a source's items, as the encoder gives them: not normalised.
+
+    Rows `offsets[i]:offsets[i + 1]` of `matrix` belong to the item `ids[i]`, which is the source's item `kept[i]`: one
+    row for a picture, one for each of its texts.
+    """
+
+    ids: list[str]
+    matrix: Float[np.ndarray, "m d"]
+    offsets: Int[np.ndarray, "n_plus_1"]
+    kept: Int[np.ndarray, "n"]
+    skipped: list[Skipped]
+
+
+def embed(
+    model: Bundle | Tower | ImageEncoder | TextEncoder,
+    source: Source,
+    modality: Modality,
+    *,
+    vectors: Vectors | None = None,
+    on_error: OnError = "skip",
+    progress: Progress | None = None,
+    quiet: bool = False,
+) -> Embedded:
+    """Embed the pictures or the texts of `source`, on the model's device; nothing goes through an encoder twice.
+
+    `vectors` keeps the embeddings. Without it, the user's cache keeps the encoder's features, and the head, which is
+    small and has many versions, is applied each time. Pictures that cannot be decoded and items without a text are
+    skipped and named, or raise with `on_error="raise"`. `progress(done, total)` counts what is to compute; without it,
+    and unless `quiet`, a line on the terminal does.
+    """
+    tower = _tower(model, modality)
+    features = Vectors(runtime.cache_dir() / "vectors", fingerprint(tower.encoder), tower.encoder.dim)
+    contents, keys, owner = _contents(source, modality)  # of one picture or text each
+    if vectors is not None:
+        _check_fingerprint(vectors, tower)
+        _apply_head(tower, features, vectors, keys)
+    kept_in = features if vectors is None else vectors
+    todo = kept_in.missing(keys)
+    failed: list[Skipped] = []
+    names = [source.ids[owner[index]] for index in todo]
+    chosen = [contents[index] for index in todo]
+    run = _runner(Tower(tower.encoder) if vectors is None else tower, len(todo))
+    with Line("embed", unit=f"{modality}s", quiet=quiet or progress is not None) as line:
+        if isinstance(tower.encoder, ImageEncoder):
+            parts = _pictures(tower.encoder, chosen, names, run, on_error=on_error, failed=failed)
+        else:
+            parts = _texts(tower.encoder, chosen, run)
+        _keep(parts, [keys[index] for index in todo], kept_in, progress or line.update)
+
+    rows = np.array([index for index, key in enumerate(keys) if key in kept_in], np.int64)
+    kept, counts = np.unique(owner[rows], return_counts=True)
+    reasons = dict(failed)
+    broken = {keys[index]: reasons[name] for index, name in zip(todo, names, strict=True) if name in reasons}
+    why = {owner[index]: broken[key] for index, key in enumerate(keys) if key in broken}
+    absent = np.setdiff1d(np.arange(len(source)), kept)
+    skipped = [Skipped(source.ids[item], why.get(item, f"has no {modality}")) for item in absent]
+    if skipped and on_error == "raise":
+        raise DataError(f"{source.name}: {skipped[0].id} {skipped[0].reason}.")
+    matrix = kept_in.get([keys[index] for index in rows])
+    return Embedded(
+        ids=[source.ids[item] for item in kept],
+        matrix=_headed(tower, matrix) if vectors is None else matrix,
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        kept=kept.astype(np.int64),
+        skipped=skipped,
+    )
+
+
+def _tower(model: Bundle | Tower | ImageEncoder | TextEncoder, modality: Modality) -> Tower:
+    tower = model.tower(modality) if isinstance(model, Bundle) else model if isinstance(model, Tower) else Tower(model)
+    if not isinstance(tower.encoder, ENCODERS.get(modality, ())):
+        raise UsageError(f"{tower.encoder.spec['name']} does not embed {modality}s.")
+    return tower
+
+
+def _check_fingerprint(vectors: Vectors, tower: Tower) -> None:
+    if vectors.folder.name != (mark := tower.fingerprint()):
+        raise FingerprintMismatch(
+            f"{vectors.folder} keeps vectors of the encoder {vectors.folder.name}; this one is {mark}. Vectors of two "
+            "encoders cannot be compared: use the encoder that made them, or another folder."
+        )
+
+
+def _apply_head(tower: Tower, features: Vectors, vectors: Vectors, keys: Sequence[str]) -> None:
+    """Embeddings of what the encoder has seen before."""
+    known = [keys[index] for index in vectors.missing(keys) if keys[index] in features]
+    for start in range(0, len(known), SHARD):
+        some = known[start : start + SHARD]
+        vectors.append(some, _headed(tower, features.get(some)))
+
+
+def _headed(tower: Tower, features: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m e"]:
+    """What the tower's head makes of its encoder's features."""
+    device = device_of(tower)
+    with inference(tower):
+        parts = torch.from_numpy(features).split(SHARD)
+        return torch.cat([tower.head(part.to(device)).float().cpu() for part in parts]).numpy()
+
+
+def _contents(source: Source, modality: Modality) -> tuple[Sequence[Any], list[str], Int[np.ndarray, "m"]]:
+    """The single pictures or texts of a source, their keys, and the item that each belongs to."""
+    keys = source.keys(modality)
+    if modality == "image":
+        assert source.images is not None  # or `keys` had raised
+        return source.images, keys, np.arange(len(source))
+    assert source.texts is not None
+    texts = [text for own in source.texts for text in own]
+    owner = np.repeat(np.arange(len(source)), [len(own) for own in source.texts])
+    return texts, [content_key(text) for text in texts], owner
+
+
+def _runner(tower: Tower, count: int) -> Callable[[Any], np.ndarray]:
+    """What turns a batch of the encoder's inputs into embeddings; the head is small and runs in PyTorch."""
+    device = device_of(tower)
+    encode: Callable = accelerate(tower.encoder, runtime.cache_dir() / "onnx") if count >= FEW else tower.encoder
+
+    def run(x: Tensor | dict[str, Tensor]) -> np.ndarray:
+        x = x.to(device) if isinstance(x, Tensor) else {name: ids.to(device) for name, ids in x.items()}
+        with inference(tower):
+            return tower.head(encode(x)).float().cpu().numpy()
+
+    return run
+
+
+def _pictures(
+    encoder: ImageEncoder,
+    images: Sequence[Any],
+    names: Sequence[str],
+    run: Callable,
+    *,
+    on_error: OnError,
+    failed: list[Skipped],
+) -> Parts:
+    """Which pictures, and their embeddings, batch by batch; threads decode what comes next meanwhile."""
+    at: list[int] = []
+    batch: list[np.ndarray] = []
+    for index, picture in stream(
+        images, encoder.size, how=encoder.how, channels=encoder.channels, on_error=on_error, names=names, skipped=failed
+    ):
+        at.append(index)
+        batch.append(picture)
+        if len(batch) == BATCH:
+            yield at, run(pixels(batch))
+            at, batch = [], []
+    if batch:
+        yield at, run(pixels(batch))
+
+
+def _texts(encoder: TextEncoder, texts: Sequence[str], run: Callable) -> Parts:
+    """Which texts, and their embeddings, batch by batch; texts of one length together, so that little is padding."""
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
+    for start in range(0, len(order), BATCH):
+        at = order[start : start + BATCH]
+        yield at, run(encoder.tokenize([texts[index] for index in at]))
+
+
+def _keep(parts: Parts, keys: Sequence[str], vectors: Vectors, tell: Progress) -> None:
+    """Write embeddings down as they come: a shard at a time, and at the end, also if that is Ctrl-C."""
+    made: list[tuple[list[int], np.ndarray]] = []
+    done = 0
+
+    def write() -> None:
+        if made:
+            vectors.append([keys[index] for at, _ in made for index in at], np.concatenate([z for _, z in made]))
+            made.clear()
+
+    with contextlib.closing(parts):
+        try:
+            for part in parts:
+                made.append(part)
+                done += len(part[0])
+                tell(done, len(keys))
+                if BATCH * len(made) >= SHARD:
+                    write()
+        finally:
+            write()

@@ -1,0 +1,118 @@
+"""What a bundle is worth on data it did not see: neighbours and a linear probe where there are labels, recall where
+there are captions."""
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from twofold import runtime
+from twofold.data.cache import decoded
+from twofold.data.decode import OnError
+from twofold.data.sources import Source
+from twofold.errors import DataError
+from twofold.measure.embed import embed
+from twofold.measure.probes import Probe, knn_probe, linear_probe
+from twofold.measure.retrieval import Retrieval, retrieval
+from twofold.models.bundle import Bundle, Tower
+from twofold.models.encoders import ImageEncoder, image_encoder
+
+THUMBNAIL = 32  # pixels a side of the pictures that the pixel baseline compares
+
+
+class Labels(NamedTuple):
+    """How well labels follow from embeddings: by neighbours and by a linear map."""
+
+    knn: Probe
+    linear: Probe
+
+
+class Paired(NamedTuple):
+    """Retrieval in both directions between pictures and their texts."""
+
+    text_to_image: Retrieval
+    image_to_text: Retrieval
+
+
+class Evaluation(NamedTuple):
+    """`labels` by what was embedded ("trained", and the baselines); None where there are no labels or no texts."""
+
+    labels: dict[str, Labels] | None
+    paired: Paired | None
+
+
+def paired(images: np.ndarray, texts: np.ndarray, offsets: np.ndarray) -> Paired:
+    """Retrieval between images [n, d] and texts [m, d], where texts offsets[i]:offsets[i+1] belong to image i."""
+    owner = np.repeat(np.arange(len(images)), np.diff(offsets))
+    own = [range(start, stop) for start, stop in pairwise(offsets.tolist())]
+    return Paired(
+        text_to_image=retrieval(texts, images, [[item] for item in owner.tolist()], groups=owner.tolist()),
+        image_to_text=retrieval(images, texts, own),
+    )
+
+
+def evaluate(
+    bundle: Bundle,
+    data: Source,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    baselines: bool = False,
+    on_error: OnError = "skip",
+    quiet: bool = False,
+) -> Evaluation:
+    """Measure `bundle` on one split of `data` (on all of it where it names none, if no labels need a training split).
+
+    Labelled pictures: a kNN and a linear probe are fitted on the split "train" (its first `limit` items) and tested on
+    `split`; `baselines` adds raw pixels and the same encoder untrained. Captioned pictures: recall both ways.
+    """
+    labels = pairs = None
+    if data.labels is not None and data.splits is not None and "image" in bundle.towers:
+        train, test = data.split("train"), data.split(split)
+        train = train.take(range(min(limit or len(train), len(train))))
+        labels = {"trained": _labels(bundle.towers["image"], train, test, on_error, quiet)}
+        if baselines:
+            labels["untrained"] = _labels(_untrained(bundle.towers["image"]), train, test, on_error, quiet)
+            labels["pixels"] = _labels(None, train, test, on_error, quiet)
+    if data.texts is not None and {"image", "text"} <= set(bundle.towers):
+        tested = data if data.splits is None else data.split(split)
+        tested = tested.take([item for item, texts in enumerate(tested.texts or ()) if texts])
+        images = embed(bundle.towers["image"], tested, "image", on_error=on_error, quiet=quiet)
+        texts = embed(bundle.towers["text"], tested.take(images.kept), "text", quiet=quiet)
+        pairs = paired(images.matrix, texts.matrix, texts.offsets)
+    if labels is None and pairs is None:
+        raise DataError(
+            f"There is nothing to evaluate on in {data.name}: it takes labels with the splits train and {split}, or "
+            f"captions and a bundle with an image and a text tower (this one has {', '.join(bundle.towers)})."
+        )
+    return Evaluation(labels, pairs)
+
+
+def _labels(tower: Tower | ImageEncoder | None, train: Source, test: Source, on_error: OnError, quiet: bool) -> Labels:
+    """Both probes on the features of `tower`, or on pixels without one."""
+    (train_z, train_y), (test_z, test_y) = (
+        _features(tower, part, on_error=on_error, quiet=quiet) for part in (train, test)
+    )
+    return Labels(
+        knn=knn_probe(train_z, train_y, test_z, test_y),
+        linear=linear_probe(train_z, train_y, test_z, test_y),
+    )
+
+
+def _features(
+    tower: Tower | ImageEncoder | None, source: Source, *, on_error: OnError, quiet: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    labels: Any = source.labels
+    if tower is None:
+        pixels, kept, _ = decoded(source, THUMBNAIL, channels=None, on_error=on_error)
+        return pixels.reshape(len(pixels), -1).astype(np.float32), labels[kept]
+    embedded = embed(tower, source, "image", on_error=on_error, quiet=quiet)
+    return embedded.matrix, labels[embedded.kept]
+
+
+def _untrained(tower: Tower) -> ImageEncoder:
+    """The tower's encoder as it was before anything was learned."""
+    with torch.random.fork_rng():
+        torch.manual_seed(runtime.seed_of("untrained"))
+        return image_encoder(**tower.encoder.spec, pretrained=False)

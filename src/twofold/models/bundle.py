@@ -1,0 +1,237 @@
+"""What users ship and load: trained towers with all that belongs to them, as a folder of safetensors and JSON.
+
+    bundle.json           what each tower is, its fingerprint, and whatever is worth telling about it (`meta`)
+    image.safetensors     the weights of a tower, one file a modality
+    text/                 tokenizer and configuration of a text tower
+
+Loading needs no network and runs no code from the folder. A fingerprint stands for all that decides an embedding; it is
+computed again from what was read, so a damaged or edited bundle does not load.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from twofold import __version__, runtime
+from twofold.data.atomic import sync_folder, write_atomically
+from twofold.data.decode import decode, fit
+from twofold.errors import BundleError, UsageError
+from twofold.models import heads
+from twofold.models.encoders import (
+    ImageEncoder,
+    TextEncoder,
+    device_of,
+    fingerprint,
+    image_encoder,
+    inference,
+    pixels,
+    read_text_encoder,
+)
+
+FORMAT = 1
+ENCODERS: dict[str, type[nn.Module]] = {"image": ImageEncoder, "text": TextEncoder}
+
+
+class Tower(nn.Module):
+    """An encoder, and the head that brings its features into the shared space; without a head, the features."""
+
+    def __init__(self, encoder: ImageEncoder | TextEncoder, head: nn.Module | None = None):
+        super().__init__()
+        device = device_of(encoder)
+        self.encoder = encoder
+        self.head = nn.Identity() if head is None else head.to(device)
+        with inference(self.head):
+            self.dim: int = self.head(torch.zeros(1, encoder.dim, device=device)).shape[1]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {"encoder": self.encoder.spec, "head": heads.describe(self.head)}
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        return getattr(self.encoder, "files", {})
+
+    def forward(self, x: Any) -> Float[Tensor, "b dim"]:
+        return self.head(self.encoder(x))
+
+    def fingerprint(self) -> str:
+        """Of all that decides an embedding. Without a head it is the encoder's own: their vectors are the same."""
+        return fingerprint(self.encoder if isinstance(self.head, nn.Identity) else self)
+
+
+class Bundle:
+    """Towers by modality ("image", "text") into one space, and `meta`: what is worth telling about them, as JSON."""
+
+    def __init__(self, towers: Mapping[str, Any], meta: Mapping[str, Any] | None = None):
+        self.towers = {
+            name: tower if isinstance(tower, Tower) else Tower(tower) for name, tower in sorted(towers.items())
+        }
+        self.meta = dict(meta or {})
+        for name, tower in self.towers.items():
+            if name not in ENCODERS or not isinstance(tower.encoder, ENCODERS[name]):
+                raise UsageError(f"A bundle has no place for a {type(tower.encoder).__name__} as its {name!r} tower.")
+        widths = {tower.dim for tower in self.towers.values()}
+        if len(widths) != 1:
+            raise UsageError(f"The towers of a bundle share one space; these have {sorted(widths)} dimensions.")
+        self.dim: int = widths.pop()
+
+    @property
+    def fingerprint(self) -> str:
+        """128 bits in hex over all that decides an embedding. It reads every weight (0.1 s for 100 MB): keep it."""
+        return _joint({name: tower.fingerprint() for name, tower in self.towers.items()})
+
+    def tower_fingerprint(self, modality: str) -> str:
+        return self.tower(modality).fingerprint()
+
+    def tower(self, modality: str) -> Tower:
+        """The tower of a modality, or a UsageError that says which there are."""
+        if modality not in self.towers:
+            raise UsageError(f"This bundle has no {modality} tower, only {' and '.join(self.towers)}.")
+        return self.towers[modality]
+
+    def encode(
+        self, items: Sequence[Any], *, batch: int = 64, progress: Callable[[int, int], None] | None = None
+    ) -> Float[np.ndarray, "n d"]:
+        """Unit vectors of texts (str), or of pictures (Path, bytes, PIL image or array [h, w, c]).
+
+        Meant for queries: a picture that cannot be decoded raises its DecodeError. `measure.embed` is for data sets.
+        `progress(done, total)` is told after each batch.
+        """
+        if len({isinstance(item, str) for item in items}) > 1:
+            raise UsageError("Texts and pictures came in one list; encode them apart. A file is a Path, not a str.")
+        if not items:
+            return np.zeros((0, self.dim), np.float32)
+        tower = self.tower("text" if isinstance(items[0], str) else "image")
+        device = device_of(tower)
+        parts = []
+        for start in range(0, len(items), batch):
+            some = items[start : start + batch]
+            with inference(tower):
+                z = tower(_inputs(tower.encoder, some, device)).float()
+            parts.append(nn.functional.normalize(z, dim=1).cpu().numpy())
+            if progress:
+                progress(start + len(some), len(items))
+        return np.concatenate(parts)
+
+    def save(self, folder: Path | str) -> None:
+        """Write the bundle whole or not at all. A bundle that is there is replaced; any other folder is left alone."""
+        folder = Path(folder)
+        fresh, old = _beside(folder, "new"), _beside(folder, "old")
+        if old.exists() and not folder.exists():  # a save was killed between its two renames
+            old.rename(folder)
+        if folder.exists() and not _replaceable(folder):
+            raise BundleError(f"{folder} exists and is no bundle, so it is left as it is. Choose another place.")
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            self._write(fresh)
+            if folder.exists():
+                folder.rename(old)
+            fresh.rename(folder)
+            sync_folder(folder.parent)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _write(self, folder: Path) -> None:
+        described: dict[str, Any] = {}
+        for name, tower in self.towers.items():
+            weights = {
+                key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for key, value in tower.state_dict().items()
+            }
+            write_atomically(folder / f"{name}.safetensors", partial(save_file, weights))
+            for file, content in tower.files.items():
+                write_atomically(folder / name / file, partial(Path.write_bytes, data=content))
+            described[name] = {**tower.spec, "dim": tower.dim, "fingerprint": tower.fingerprint()}
+        record = {
+            "format": FORMAT,
+            "twofold": __version__,
+            "fingerprint": _joint({name: about["fingerprint"] for name, about in described.items()}),
+            "towers": described,
+            "meta": self.meta,
+        }
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(folder / "bundle.json", lambda path: path.write_text(text, "utf-8"))
+
+    @classmethod
+    def load(cls, folder: Path | str, *, device: torch.device | str | None = None) -> "Bundle":
+        """Read a bundle's folder, or that of a run with one in `bundle/`, onto the best device, ready to embed.
+
+        BundleError names the file that is missing, damaged, or not what was saved.
+        """
+        given = Path(folder)
+        places = [place for whole in (given, given / "bundle") for place in (whole, _beside(whole, "old"))]
+        found = next((place for place in places if (place / "bundle.json").is_file()), None)
+        if found is None:
+            raise BundleError(f"{given} holds no bundle.json. Give the folder of a bundle, or of a run that finished.")
+        path = found / "bundle.json"
+        try:
+            record = json.loads(path.read_text("utf-8"))
+            if record["format"] > FORMAT:
+                raise BundleError(f"{path} was written by twofold {record['twofold']}. Update twofold to read it.")
+            towers = {name: _read_tower(found, name, about) for name, about in record["towers"].items()}
+            bundle = cls(towers, record["meta"])
+            prints = {name: about["fingerprint"] for name, about in record["towers"].items()}
+            if _joint(prints) != record["fingerprint"]:
+                raise ValueError("its fingerprints do not agree")
+        except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+            raise BundleError(f"{path} is damaged ({type(error).__name__}: {error}). Copy the bundle again.") from error
+        for tower in bundle.towers.values():
+            tower.eval().requires_grad_(False).to(device or runtime.device())
+        return bundle
+
+
+def _read_tower(folder: Path, name: str, about: Mapping[str, Any]) -> Tower:
+    with torch.random.fork_rng(devices=[]):  # layers draw weights that the saved ones replace
+        if name == "image":
+            encoder: ImageEncoder | TextEncoder = image_encoder(**about["encoder"], pretrained=False)
+        elif name == "text":
+            encoder = read_text_encoder(folder / name, about["encoder"], weights=False)
+        else:
+            raise UsageError(f"there is no kind of tower {name!r}")
+        tower = Tower(encoder, heads.build(about["head"]))
+    path = folder / f"{name}.safetensors"
+    try:
+        tower.load_state_dict(load_file(path))
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} is missing. Copy the bundle again, all of its files.") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise BundleError(f"{path} is damaged ({error}). Copy the bundle again.") from error
+    if tower.fingerprint() != about["fingerprint"]:
+        raise BundleError(
+            f"{path}, or what belongs to it in {folder / name} and bundle.json, is not what was saved: its fingerprint "
+            f"is {tower.fingerprint()} instead of {about['fingerprint']}. Copy the bundle again."
+        )
+    return tower
+
+
+def _inputs(encoder: nn.Module, items: Sequence[Any], device: torch.device) -> Any:
+    if isinstance(encoder, TextEncoder):
+        return {name: ids.to(device) for name, ids in encoder.tokenize(items).items()}
+    assert isinstance(encoder, ImageEncoder)
+    pictures = [fit(decode(item, channels=encoder.channels), encoder.size, how=encoder.how) for item in items]
+    return pixels(pictures).to(device)
+
+
+def _joint(fingerprints: Mapping[str, str]) -> str:
+    return hashlib.blake2b(json.dumps(fingerprints, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def _replaceable(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / "bundle.json").is_file() or not any(folder.iterdir()))

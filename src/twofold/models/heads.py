@@ -1,0 +1,93 @@
+"""What sits on an encoder: small stacks of layers, described as JSON so that a bundle can build them again."""
+
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Standardize(nn.Module):
+    """(x − mean) / std, with the statistics of the training features; the identity until `measure` has seen them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def measure(self, features: Float[Tensor, "n dim"]) -> "Standardize":
+        """Take mean and deviation from `features`; a column that never varies is only centred."""
+        std, mean = torch.std_mean(features.float(), dim=0, correction=0)
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0))
+        return self
+
+    def forward(self, x: Float[Tensor, "b dim"]) -> Float[Tensor, "b dim"]:
+        return (x - self.mean) / self.std
+
+
+def mlp(
+    dim: int,
+    hidden: int,
+    out: int,
+    *,
+    layers: int = 2,
+    norm: bool = True,
+    activation: Literal["relu", "gelu"] = "relu",
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """`layers` linear maps dim → hidden → … → out, between them BatchNorm, the activation and dropout.
+
+    The default is SimCLR's projection head (arXiv 2002.05709, section 4.2). One layer is a plain linear map, whatever
+    `hidden` says.
+    """
+    widths = [dim, *[hidden] * (layers - 1)]
+    stack: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        stack.append(nn.Linear(before, after, bias=not norm))  # BatchNorm has its own bias
+        if norm:
+            stack.append(nn.BatchNorm1d(after))
+        stack.append(nn.ReLU() if activation == "relu" else nn.GELU())
+        if dropout:
+            stack.append(nn.Dropout(dropout))
+    return nn.Sequential(*stack, nn.Linear(widths[-1], out))
+
+
+# The layers a head may have, and the attributes that are their constructor's arguments.
+LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "Identity": (nn.Identity, ()),
+    "ReLU": (nn.ReLU, ()),
+    "GELU": (nn.GELU, ()),
+    "Dropout": (nn.Dropout, ("p",)),
+    "Linear": (nn.Linear, ("in_features", "out_features", "bias")),
+    "BatchNorm1d": (nn.BatchNorm1d, ("num_features", "eps", "momentum", "affine")),
+    "LayerNorm": (nn.LayerNorm, ("normalized_shape", "eps")),
+    "Standardize": (Standardize, ("dim",)),
+}
+
+
+def describe(head: nn.Module) -> dict[str, Any]:
+    """What `build` needs to make `head` again, as JSON, without its weights."""
+    kind = type(head).__name__
+    if type(head) is nn.Sequential:
+        return {"layer": kind, "layers": [describe(layer) for layer in head]}
+    if kind not in LAYERS or type(head) is not LAYERS[kind][0]:
+        raise TypeError(f"A head is made of {', '.join(LAYERS)} and Sequential; {kind} is none of them.")
+    arguments = {name: getattr(head, name) for name in LAYERS[kind][1]}
+    if "bias" in arguments:
+        arguments["bias"] = arguments["bias"] is not None
+    return {"layer": kind, **arguments}
+
+
+def build(description: dict[str, Any]) -> nn.Module:
+    """The head that `describe` described, with fresh weights."""
+    arguments = dict(description)
+    kind = arguments.pop("layer")
+    if kind == "Sequential":
+        return nn.Sequential(*map(build, arguments["layers"]))
+    return LAYERS[kind][0](**arguments)

@@ -1,0 +1,437 @@
+"""An index: a folder that answers searches, made from a source and a bundle.
+
+    index.json        which encoder, modality and snapshot; replaced as a whole, so a reader sees one state or the next
+    model/            the bundle, so that the folder works on another machine
+    vectors/          every vector made so far, by content: the truth, and why nothing is embedded twice
+    items/0002.jsonl  what a snapshot holds: id, content key and metadata of each item
+    chroma/0002/      the same as a Chroma store; made from the two above, and made again where it is damaged
+
+A build writes a new snapshot beside the old one and then points index.json at it. Whoever searches meanwhile keeps the
+old one, and a build that is killed leaves no trace but the vectors that it had finished.
+"""
+
+import contextlib
+import json
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from twofold.data.atomic import write_atomically
+from twofold.data.decode import OnError, Skipped, skip_report
+from twofold.data.sources import Modality, Source, open_source
+from twofold.data.vectors import Vectors
+from twofold.errors import DataError, FingerprintMismatch, StoreError, UsageError, unknown
+from twofold.measure.embed import embed
+from twofold.models.bundle import Bundle
+from twofold.retrieve.retriever import Picture, Retriever
+from twofold.retrieve.store import ChromaStore, Claim, ExactStore, Hit, Scalar, Store, Where, scalars
+
+CHUNK = 8192  # items whose vectors are in memory at once
+ENTRIES = {"index.json", "model", "vectors", "items", "chroma", "twofold.lock"}
+
+Existing = Literal["keep", "prune", "replace"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What index.json says."""
+
+    fingerprint: str  # of the tower that made the vectors
+    bundle: str  # the fingerprint of the bundle with all its towers
+    modality: Modality
+    dim: int
+    snapshot: str
+    source: str  # what the index was made from, for messages
+    built: str  # when the snapshot was made
+    format: int = 1
+
+
+class Item(NamedTuple):
+    """What an index knows of an item, besides the vector that `key` names."""
+
+    key: str
+    meta: dict[str, Scalar]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build did, in items; `embedded` counts contents, of which several items may share one."""
+
+    items: int  # in the index now
+    embedded: int
+    added: int
+    changed: int
+    removed: int
+    absent: int  # in the index, and not in the source
+    skipped: list[Skipped]
+
+
+class Index:
+    """An index opened for searching; `Index.build` makes one or brings it up to date."""
+
+    def __init__(self, path: Path, head: Head, bundle: Bundle, store: Store):
+        self.path, self.head, self.bundle, self.store = path, head, bundle, store
+        self.search = Retriever(bundle, store).search
+
+    @classmethod
+    def open(cls, path: str | Path, model: str | Path | Bundle | None = None, *, exact: bool = False) -> "Index":
+        """Open an index with its own model, or with `model`, which must have made its vectors.
+
+        `exact` compares with every vector in memory instead of asking Chroma.
+        """
+        path = Path(path)
+        head = _read_head(path)
+        bundle = model if isinstance(model, Bundle) else Bundle.load(Path(model or path / "model"))
+        while True:
+            if bundle.tower_fingerprint(head.modality) != head.fingerprint:
+                raise _mismatch(path, head, bundle, "MODEL" if isinstance(model, Bundle | None) else str(model))
+            try:
+                return cls(path, head, bundle, _exact(path, head) if exact else _chroma(path, head))
+            except StoreError as error:
+                if (now := _read_head(path)) == head:
+                    raise StoreError(
+                        f"{error} What it is made from is kept apart: Index.rebuild({str(path)!r}) makes it again, "
+                        "as does the next `twofold index`."
+                    ) from error
+                head = now  # a build has ended since we read index.json, and swept away what that named
+
+    @property
+    def stale(self) -> bool:
+        """Whether a build has made another snapshot since this one was opened; open the index again to see it."""
+        return _read_head(self.path) != self.head
+
+    def audit(self, limit: int = 1000) -> list[str]:
+        """Ids that the store lost or does not find by their own vector, of `limit` tried; [] where all is well."""
+        items = _read_items(self.path, self.head)
+        lost = set(items) ^ set(self.store.ids())
+        tried = [name for name in items if name not in lost][:: max(1, len(items) // limit)]
+        vectors = Vectors(self.path / "vectors", self.head.fingerprint, self.head.dim)
+        for name, vector in zip(tried, vectors.get([items[name].key for name in tried]), strict=True):
+            hits = self.store.query(vector, 1)
+            if not hits or hits[0].score < 1 - 1e-4:
+                lost.add(name)
+        return sorted(lost)
+
+    def close(self) -> None:
+        """Let go of the store, so that a later build may sweep its snapshot away."""
+        self.store.close()
+
+    @staticmethod
+    def build(
+        source: Source,
+        bundle: Bundle,
+        out: str | Path,
+        *,
+        modality: Modality | None = None,
+        on_error: OnError = "skip",
+        existing: Existing = "keep",
+        progress: Progress | None = None,
+    ) -> Built:
+        """Make the index `out` of a source, or bring it up to date; only new contents are embedded.
+
+        `existing` says what becomes of items that the index has and the source has not: they stay ("keep") or go
+        ("prune"). "replace" begins anew, which is the only way to another model. Items are found by their picture, or
+        by their texts where the source has no pictures or `modality` says so. After a kill, run it again: it goes on.
+        `progress(done, total)` counts the contents to embed.
+        """
+        out = Path(out)
+        if existing not in ("keep", "prune", "replace"):
+            raise unknown("choice of existing", existing, ("keep", "prune", "replace"))
+        with _writing(out):
+            was = _read_head(out) if (out / "index.json").exists() else None
+            modality = modality or (was.modality if was else "text" if source.images is None else "image")
+            head = _new_head(source, bundle, modality, was)
+            if was and existing != "replace":
+                if was.modality != modality:
+                    raise UsageError(
+                        f"{out} is an index of {was.modality}s; make that of {modality}s in another folder."
+                    )
+                if was.fingerprint != head.fingerprint:
+                    raise _mismatch(out, was, bundle, "MODEL")
+            old = _read_items(out, was) if was and existing != "replace" else {}
+            vectors = Vectors(out / "vectors", head.fingerprint, head.dim)
+            before = len(vectors)
+            found, skipped = _embedded(source, bundle, modality, vectors, on_error, progress)
+            gone = [] if existing == "prune" else sorted(old.keys() - set(source.ids))
+            absent = {name: old[name] for name in gone if old[name].key in vectors}
+            lost = [name for name in gone if name not in absent]
+            skipped += [Skipped(name, "its vector is damaged, and the source no longer has it") for name in lost]
+            new = absent | found
+            if not new:
+                raise DataError(f"{source.name} gives nothing to search in. {skip_report(skipped, len(source))}")
+            if was and new == old and _healthy(out, was, old):
+                head = replace(head, snapshot=was.snapshot, built=was.built)
+            else:
+                _write_snapshot(out, head, new, vectors, was, old)
+            _publish(out, head, bundle, was)
+        return Built(
+            items=len(new),
+            embedded=len(vectors) - before,
+            added=len(new.keys() - old.keys()),
+            changed=sum(new[name] != old[name] for name in new.keys() & old.keys()),
+            removed=len(old.keys() - new.keys()),
+            absent=len(absent),
+            skipped=skipped,
+        )
+
+    @staticmethod
+    def rebuild(path: str | Path) -> None:
+        """Make the Chroma store of an index again from its vectors; nothing is embedded."""
+        path = Path(path)
+        head = _read_head(path)
+        with _writing(path):
+            items = _read_items(path, head)
+            vectors = Vectors(path / "vectors", head.fingerprint, head.dim)
+            if lost := vectors.missing([item.key for item in items.values()]):
+                raise StoreError(
+                    f"{path} has lost the vectors of {len(lost)} contents; embed them again with "
+                    f"`twofold index {head.source} --model {path / 'model'} --out {path}`."
+                )
+            new = replace(head, snapshot=_next_snapshot(head), built=_now())
+            _write_snapshot(path, new, items, vectors, None, {})
+            _publish(path, new, None, head)
+
+
+def index(
+    source: str | Path | Source,
+    *,
+    model: str | Path | Bundle,
+    out: str | Path,
+    on_error: OnError = "skip",
+    existing: Existing = "keep",
+    progress: Progress | None = None,
+) -> Built:
+    """Make a folder searchable, or bring its index up to date: `Index.build` by the names of things."""
+    opened = source if isinstance(source, Source) else open_source(source)
+    bundle = model if isinstance(model, Bundle) else Bundle.load(Path(model))
+    return Index.build(opened, bundle, out, on_error=on_error, existing=existing, progress=progress)
+
+
+def search(
+    index: str | Path,
+    text: str | None = None,
+    *,
+    image: Picture | None = None,
+    id: str | None = None,
+    minus: str | None = None,
+    k: int = 10,
+    where: Where | None = None,
+) -> list[Hit]:
+    """Open an index and search it once (see `Retriever.search`); for several searches keep an `Index` open."""
+    with contextlib.closing(Index.open(index)) as opened:
+        return opened.search(text, image=image, id=id, minus=minus, k=k, where=where)
+
+
+# -- Items ------------------------------------------------------------------------------------------------------------
+
+
+def _embedded(
+    source: Source,
+    bundle: Bundle,
+    modality: Modality,
+    vectors: Vectors,
+    on_error: OnError,
+    progress: Progress | None,
+) -> tuple[dict[str, Item], list[Skipped]]:
+    """The source's items, after their contents have vectors; and those that cannot have one."""
+    keys = source.keys(modality)
+    todo = vectors.missing(keys)
+    reasons: dict[str, str] = {}  # by key: a content that several items share is tried once
+    for start in range(0, len(todo), CHUNK):
+        at = todo[start : start + CHUNK]
+        tell = None if progress is None else lambda done, _, start=start: progress(start + done, len(todo))
+        made = embed(bundle, source.take(at), modality, vectors=vectors, on_error=on_error, progress=tell)
+        key_of = {source.ids[i]: keys[i] for i in at}
+        reasons.update({key_of[name]: reason for name, reason in made.skipped})
+        if modality == "text":  # `embed` keeps a vector for each text; the item's own is their mean direction
+            units = made.matrix / np.linalg.norm(made.matrix, axis=1, keepdims=True)
+            vectors.append([key_of[name] for name in made.ids], np.add.reduceat(units, made.offsets[:-1]))
+    items, skipped = {}, []
+    for i, (name, key) in enumerate(zip(source.ids, keys, strict=True)):
+        if key in vectors:
+            items[name] = Item(key, _meta(source, i))
+        else:
+            skipped.append(Skipped(name, reasons.get(key, "it changed while it was being read")))
+    return items, skipped
+
+
+def _meta(source: Source, i: int) -> dict[str, Scalar]:
+    """What a hit will show of item `i`: its first text, label, split, file, and the source's further columns."""
+    columns: dict[str, object] = {}
+    if source.texts is not None and source.texts[i]:
+        columns["text"] = source.texts[i][0]
+    if source.labels is not None and source.labels[i] >= 0:
+        columns["label"] = source.classes[source.labels[i]] if source.classes else source.labels[i]
+    if source.splits is not None:
+        columns["split"] = source.splits[i]
+    if source.images is not None and isinstance(image := source.images[i], Path):
+        columns["image"] = image.resolve()
+    return scalars({name: column[i] for name, column in source.meta.items()} | columns)
+
+
+# -- The folder -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """The folder, for one process at a time; refuses one that holds other things."""
+    path.mkdir(parents=True, exist_ok=True)
+    if strange := sorted(e.name for e in path.iterdir() if e.name not in ENTRIES and not e.name.startswith(".")):
+        raise StoreError(f"{path} is no index: it holds {strange[0]}. Choose a new or empty folder.")
+    claim = Claim(path / "twofold.lock")
+    try:
+        yield
+    finally:
+        claim.release()
+
+
+def _new_head(source: Source, bundle: Bundle, modality: Modality, was: Head | None) -> Head:
+    return Head(
+        fingerprint=bundle.tower_fingerprint(modality),
+        bundle=bundle.fingerprint,
+        modality=modality,
+        dim=bundle.dim,
+        snapshot=_next_snapshot(was),
+        source=source.name,
+        built=_now(),
+    )
+
+
+def _next_snapshot(head: Head | None) -> str:
+    return f"{int(head.snapshot) + 1 if head else 1:04d}"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _read_head(path: Path) -> Head:
+    try:
+        head = Head(**json.loads((path / "index.json").read_text()))
+    except FileNotFoundError:
+        raise StoreError(
+            f"{path} is no index: it has no index.json. `twofold index SOURCE --model MODEL --out {path}` makes one."
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{path / 'index.json'} is damaged or of another version of twofold ({error}).") from error
+    return head
+
+
+def _items_file(path: Path, head: Head) -> Path:
+    return path / "items" / f"{head.snapshot}.jsonl"
+
+
+def _read_items(path: Path, head: Head) -> dict[str, Item]:
+    file = _items_file(path, head)
+    try:
+        with open(file, encoding="utf-8") as lines:
+            return {row["id"]: Item(row["key"], row["meta"]) for row in map(json.loads, lines)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{file} is missing or damaged ({error}). `twofold index {head.source} --model {path / 'model'} "
+            f"--out {path} --existing replace` makes it again; contents that have a vector are not embedded again."
+        ) from error
+
+
+def _write_items(path: Path, items: dict[str, Item]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for name, (key, meta) in items.items():
+            file.write(json.dumps({"id": name, "key": key, "meta": meta}, ensure_ascii=False) + "\n")
+
+
+def _chroma(path: Path, head: Head, *, write: bool = False) -> ChromaStore:
+    folder = path / "chroma" / head.snapshot
+    return ChromaStore(folder, fingerprint=head.fingerprint, dim=head.dim, write=write)
+
+
+def _exact(path: Path, head: Head) -> ExactStore:
+    items = _read_items(path, head)
+    store = ExactStore(fingerprint=head.fingerprint, dim=head.dim)
+    vectors = Vectors(path / "vectors", head.fingerprint, head.dim)
+    store.upsert(list(items), vectors.get([i.key for i in items.values()]), [i.meta for i in items.values()])
+    return store
+
+
+def _healthy(path: Path, head: Head, items: dict[str, Item]) -> bool:
+    try:
+        with contextlib.closing(_chroma(path, head)) as store:
+            return store.ids() == sorted(items)
+    except StoreError:
+        return False
+
+
+def _write_snapshot(
+    path: Path, head: Head, items: dict[str, Item], vectors: Vectors, was: Head | None, old: dict[str, Item]
+) -> None:
+    """Write the store and the list of `items`: what changed in a copy of the old store, or all in a new one."""
+    folder = path / "chroma" / head.snapshot
+    shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
+    same = sum(old.get(name) == item for name, item in items.items())
+    try:
+        # Chroma only marks what is deleted or replaced; past a half, a new store is smaller and finds better.
+        if was is None or 2 * same < len(old):
+            old = {}
+        elif old:
+            _copy(path / "chroma" / was.snapshot, folder)
+        _fill(path, head, items, vectors, old)
+    except (StoreError, OSError, sqlite3.Error):
+        if not old:
+            raise
+        shutil.rmtree(folder, ignore_errors=True)  # a copy of something damaged
+        _fill(path, head, items, vectors, {})
+    write_atomically(_items_file(path, head), lambda file: _write_items(file, items))
+
+
+def _copy(store: Path, to: Path) -> None:
+    """A copy of a Chroma folder, whole even if a reader opens it at this moment, which makes Chroma write a little."""
+    shutil.copytree(store, to, ignore=shutil.ignore_patterns("chroma.sqlite3*"))
+    with (
+        contextlib.closing(sqlite3.connect(store / "chroma.sqlite3")) as database,
+        contextlib.closing(sqlite3.connect(to / "chroma.sqlite3")) as copy,
+    ):
+        database.backup(copy)
+
+
+def _fill(path: Path, head: Head, items: dict[str, Item], vectors: Vectors, old: dict[str, Item]) -> None:
+    with contextlib.closing(_chroma(path, head, write=True)) as store:
+        if store.ids() != sorted(old):
+            raise StoreError(f"{store.path} does not hold the items that it should.")
+        store.delete([name for name in old if name not in items])
+        todo = [name for name, item in items.items() if old.get(name) != item]
+        for start in range(0, len(todo), CHUNK):
+            names = todo[start : start + CHUNK]
+            store.upsert(names, vectors.get([items[n].key for n in names]), [items[n].meta for n in names])
+
+
+def _publish(path: Path, head: Head, bundle: Bundle | None, was: Head | None) -> None:
+    """Point index.json at the new snapshot, then sweep away what nobody reads any more."""
+    if bundle is not None and (was is None or was.bundle != head.bundle or not (path / "model").exists()):
+        bundle.save(path / "model")
+    if head != was:
+        text = json.dumps(asdict(head), indent=2) + "\n"
+        write_atomically(path / "index.json", lambda file: file.write_text(text))
+    for folder in (path / "chroma").iterdir():
+        if folder.name != head.snapshot:
+            with contextlib.suppress(StoreError):  # somebody searches it: next time
+                claim = Claim(folder / "twofold.lock")
+                shutil.rmtree(folder)
+                claim.release()
+                (path / "items" / f"{folder.name}.jsonl").unlink(missing_ok=True)
+    for folder in (path / "vectors").iterdir():
+        if folder.name != head.fingerprint:
+            shutil.rmtree(folder)
+
+
+def _mismatch(path: Path, head: Head, bundle: Bundle, model: str) -> FingerprintMismatch:
+    return FingerprintMismatch(
+        f"{path} was made by the encoder {head.fingerprint}; this model's {head.modality} tower is "
+        f"{bundle.tower_fingerprint(head.modality)}. Search with the model that made it, or make it again: "
+        f"`twofold index {head.source} --model {model} --out {path} --existing replace`."
+    )

@@ -1,0 +1,455 @@
+"""Stores: named vectors with a few scalars each, and the nearest ones to a query.
+
+`Store` says what a store can do; `ExactStore` does it by comparing with every vector, `ChromaStore` with an
+embedded Chroma on disk. Both answer alike: cosine scores, best first, equal scores by id, the same filters.
+
+A filter (`where`) names columns and the values they may have, all of which must hold:
+`{"group": "food-drink", "year": {"$in": [2024, 2025]}}`. Numbers compare by value (1 is 1.0); `True` is not 1,
+and the text "1" is not the number. An item that lacks the column does not match.
+"""
+
+import contextlib
+import json
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from twofold.errors import FingerprintMismatch, StoreError, UsageError, unknown
+
+Scalar = str | int | float | bool
+Where = Mapping[str, Scalar | Mapping[str, Sequence[Scalar]]]
+
+
+class Hit(NamedTuple):
+    """One item found. `score` is its cosine with the query, −1..1: an order, not a probability."""
+
+    id: str
+    score: float
+    meta: dict[str, Scalar]
+
+
+class Store(Protocol):
+    """What search needs of a vector store; `fingerprint` names the encoder whose vectors it holds."""
+
+    fingerprint: str
+    dim: int
+
+    def upsert(self, ids: Sequence[str], vectors: Float[np.ndarray, "n d"], meta: Sequence[Mapping]) -> None:
+        """Add items, or replace (vector and metadata) those whose id is known. Lengths are made 1."""
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Forget these items; an id that is not there is no error."""
+
+    def query(self, vector: Float[np.ndarray, "d"], k: int, where: Where | None = None) -> list[Hit]:
+        """The k nearest items that match `where`, best first; fewer if fewer match."""
+
+    def vectors(self, ids: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        """The unit vectors of these items; StoreError for an id that is not there."""
+
+    def ids(self) -> list[str]:
+        """Every id, sorted."""
+
+    def __len__(self) -> int: ...
+
+    def close(self) -> None:
+        """Let go of files and locks."""
+
+
+class ExactStore:
+    """Every vector in memory, compared with every query: the reference, and fast up to some 10⁵ items."""
+
+    def __init__(self, *, fingerprint: str, dim: int):
+        self.fingerprint, self.dim = fingerprint, dim
+        self._row: dict[str, int] = {}  # id → row of the matrix; in row order
+        self._matrix = np.empty((0, dim), np.float32)
+        self._meta: list[dict[str, Scalar]] = []
+
+    def upsert(self, ids: Sequence[str], vectors: Float[np.ndarray, "n d"], meta: Sequence[Mapping]) -> None:
+        vectors, meta = _checked(ids, vectors, meta, self.dim)
+        new = [i for i, name in enumerate(ids) if name not in self._row]
+        self._row.update((ids[i], len(self._meta) + n) for n, i in enumerate(new))
+        self._matrix = np.concatenate([self._matrix, vectors[new]])
+        self._meta += [meta[i] for i in new]
+        for i, name in enumerate(ids):
+            self._matrix[self._row[name]], self._meta[self._row[name]] = vectors[i], meta[i]
+
+    def delete(self, ids: Sequence[str]) -> None:
+        gone = set(ids)
+        kept = {name: row for name, row in self._row.items() if name not in gone}
+        rows = list(kept.values())
+        self._matrix, self._meta = self._matrix[rows], [self._meta[row] for row in rows]
+        self._row = {name: row for row, name in enumerate(kept)}
+
+    def query(self, vector: Float[np.ndarray, "d"], k: int, where: Where | None = None) -> list[Hit]:
+        unit, wanted = _checked_query(vector, k, where, self.dim)
+        names = list(self._row)
+        rows = np.array([r for r in range(len(names)) if _matches(self._meta[r], wanted)], dtype=np.intp)
+        # All rows at once where nothing is filtered: indexing would copy the matrix.
+        scores = (self._matrix if len(rows) == len(names) else self._matrix[rows]) @ unit
+        scores = np.round(scores.astype(np.float64), 6)
+        if k < len(rows):
+            best = scores >= np.partition(scores, -k)[-k]  # with every tie of the k-th, for ids to decide
+            rows, scores = rows[best], scores[best]
+        hits = (_hit(names[r], s, self._meta[r]) for r, s in zip(rows, scores, strict=True))
+        return sorted(hits, key=_rank)[:k]
+
+    def vectors(self, ids: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        _all_known(ids, self._row)
+        return self._matrix[[self._row[name] for name in ids]]
+
+    def ids(self) -> list[str]:
+        return sorted(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def close(self) -> None:
+        pass
+
+
+class ChromaStore:
+    """A folder with an embedded Chroma: approximate (HNSW), on disk, opened without a server.
+
+    Many may read it or one may write it (`write=True`), and a lock file refuses the rest: Chroma loses vectors
+    without an error where two processes write, and where one searches what another has changed meanwhile.
+    """
+
+    def __init__(self, path: Path, *, fingerprint: str, dim: int, write: bool = False):
+        self.path, self.fingerprint, self.dim = Path(path).resolve(), fingerprint, dim
+        exists = (self.path / "chroma.sqlite3").is_file()
+        if not (write or exists):  # Chroma would make an empty one
+            raise StoreError(f"There is no Chroma store in {self.path}: it holds no chroma.sqlite3.")
+        with contextlib.ExitStack() as undo:
+            self.path.mkdir(parents=True, exist_ok=True)
+            undo.callback(Claim(self.path / "twofold.lock", shared=not write).release)
+            self._check_files()
+            self._client, self._items = self._connect(write)
+            if write:
+                self._sizes.unlink(missing_ok=True)
+                undo.callback(lambda: self._sizes.write_text(json.dumps(self._file_sizes())))
+            undo.callback(self._client.close)
+            self._check_encoder()
+            self._close = undo.pop_all().close
+        self._write = write
+
+    @property
+    def _sizes(self) -> Path:
+        """Written when a writer is done: how large the files of Chroma's search index are."""
+        return self.path / "sizes.json"
+
+    def _file_sizes(self) -> dict[str, int]:
+        # Up to 1,000 items Chroma has no index on disk; it makes one from its log, and idle files, at each opening.
+        folders = [pickle.parent for pickle in self.path.glob("*/index_metadata.pickle")]
+        return {str(file.relative_to(self.path)): file.stat().st_size for one in folders for file in one.iterdir()}
+
+    def _check_files(self) -> None:
+        """A search index cut short (full disk, broken copy) would take the whole process down when searched."""
+        if self._sizes.exists() and json.loads(self._sizes.read_text()) != self._file_sizes():
+            raise StoreError(
+                f"{self.path} is damaged: the files of its search index are not as they were written. "
+                "Delete it and fill it again."
+            )
+
+    def _connect(self, write: bool) -> tuple[Any, Any]:
+        import chromadb
+        from chromadb.api.shared_system_client import SharedSystemClient
+        from chromadb.config import Settings
+
+        try:
+            with self._doing("open"):
+                settings = Settings(anonymized_telemetry=False)
+                client: Any = chromadb.PersistentClient(self.path, settings=settings)
+        except StoreError:
+            # Chroma keeps what failed to open and hands it out again, even for a folder mended since.
+            SharedSystemClient._identifier_to_system.pop(str(self.path), None)
+            raise
+        with self._doing("open"), contextlib.ExitStack() as undo:
+            undo.callback(client.close)
+            if write:
+                items = client.get_or_create_collection(
+                    "items",
+                    embedding_function=None,  # else Chroma fetches a model of its own
+                    configuration={"hnsw": {"space": "cosine"}},  # its default is squared distance
+                    metadata={"fingerprint": self.fingerprint, "dim": self.dim},  # an existing one keeps its own
+                )
+            else:
+                items = client.get_collection("items", embedding_function=None)
+            # With its HNSW files gone or damaged, Chroma still opens and counts, and may search what is left.
+            items.get(limit=1, include=["embeddings"])
+            undo.pop_all()
+        return client, items
+
+    def _check_encoder(self) -> None:
+        """Chroma itself would take the vectors of any checkpoint."""
+        held = self._items.metadata or {}
+        if (held.get("fingerprint"), held.get("dim")) != (self.fingerprint, self.dim):
+            raise FingerprintMismatch(
+                f"{self.path} holds vectors [{held.get('dim')}] of encoder {held.get('fingerprint')}, not "
+                f"[{self.dim}] of {self.fingerprint}; a score between the two would mean nothing. Open it with the "
+                "model that filled it, or embed the items with this model into a new folder."
+            )
+
+    def upsert(self, ids: Sequence[str], vectors: Float[np.ndarray, "n d"], meta: Sequence[Mapping]) -> None:
+        self._check_writable()
+        vectors, rows = _checked(ids, vectors, meta, self.dim)
+        with self._doing("write vectors"):
+            for part in self._batches(len(ids)):
+                names = list(ids[part])
+                # Chroma merges metadata into what an item has: a column that it lost must be set to None.
+                held = self._items.get(names, include=["metadatas"])
+                lost = {
+                    name: dict.fromkeys(columns or ())
+                    for name, columns in zip(held["ids"], held["metadatas"], strict=True)
+                }
+                new = [{**lost.get(name, {}), **row} or None for name, row in zip(names, rows[part], strict=True)]
+                self._items.upsert(names, vectors[part], new)
+
+    def delete(self, ids: Sequence[str]) -> None:
+        self._check_writable()
+        with self._doing("delete items"):
+            for part in self._batches(len(ids)):
+                self._items.delete(list(ids[part]))
+
+    def query(self, vector: Float[np.ndarray, "d"], k: int, where: Where | None = None) -> list[Hit]:
+        unit, wanted = _checked_query(vector, k, where, self.dim)
+        if not all(wanted.values()):
+            return []  # a column that may have no value; Chroma rejects an empty list
+        with self._doing("search"):
+            found = self._items.query(
+                query_embeddings=unit[None],
+                n_results=k,
+                where=_for_chroma(wanted),
+                include=["distances", "metadatas"],
+            )
+        rows = zip(found["ids"][0], found["distances"][0], found["metadatas"][0], strict=True)
+        return sorted((_hit(name, 1 - distance, meta or {}) for name, distance, meta in rows), key=_rank)
+
+    def vectors(self, ids: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        found: dict[str, np.ndarray] = {}
+        with self._doing("read vectors"):
+            for part in self._batches(len(ids)):
+                got = self._items.get(list(ids[part]), include=["embeddings"])
+                found.update(zip(got["ids"], got["embeddings"], strict=True))
+        _all_known(ids, found)
+        return np.array([found[name] for name in ids], np.float32).reshape(len(ids), self.dim)
+
+    def ids(self) -> list[str]:
+        with self._doing("list its ids"):
+            return sorted(self._items.get(include=[])["ids"])
+
+    def __len__(self) -> int:
+        with self._doing("count its items"):
+            return self._items.count()
+
+    def close(self) -> None:
+        self._close()
+
+    def _batches(self, n: int) -> list[slice]:
+        step = self._client.get_max_batch_size()
+        return [slice(start, start + step) for start in range(0, n, step)]
+
+    def _check_writable(self) -> None:
+        if not self._write:
+            raise StoreError(f"{self.path} was opened for reading; open it with write=True to change it.")
+
+    @contextlib.contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise StoreError(
+                f"Chroma could not {what} in {self.path}: {type(error).__name__}: {error}. If the folder is "
+                "damaged, delete it and fill it again."
+            ) from error
+
+
+class Claim:
+    """A lock file (flock) that one process holds, or several share; it ends with the process, however that dies."""
+
+    def __init__(self, path: Path, *, shared: bool = False):
+        import fcntl
+
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._close = weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                use = "read by another process or by this one"
+            except BlockingIOError:
+                use = f"written by process {os.read(handle, 32).decode() or '(unknown)'}"
+            self.release()
+            raise StoreError(
+                f"{path.parent} is being {use}. One may write, or several read: wait until it is done, or stop it."
+            ) from None
+        if not shared:
+            os.ftruncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
+
+    def release(self) -> None:
+        self._close()
+
+
+def scalars(columns: Mapping[str, object]) -> dict[str, Scalar]:
+    """These columns as a store keeps them: text, numbers and booleans; empty ones (None, NaN) dropped.
+
+    Lists become "a, b, c", anything else its text. A name that stores keep for themselves gets a _ in front.
+    """
+    kept: dict[str, Scalar] = {}
+    for column, value in columns.items():
+        name = column if _is_column(column) else f"_{column}"
+        if isinstance(value, np.generic | np.ndarray):
+            value = value.tolist()
+        if isinstance(value, list | tuple):
+            value = ", ".join(map(str, value))
+        match value:
+            case None:
+                continue
+            case bool():
+                kept[name] = value
+            case int() if -(2**63) <= value < 2**63:
+                kept[name] = value
+            case float():
+                if np.isfinite(value):
+                    kept[name] = value
+            case _:
+                kept[name] = str(value).encode("utf-8", "backslashreplace").decode()
+    return kept
+
+
+def parse_where(terms: Iterable[str]) -> Where:
+    """The filter that words like `group=food-drink` mean; a column named twice may have either value.
+
+    A value that reads as a number or as true/false may be either: `year=2024` finds the text and the number.
+    """
+    where: dict[str, dict[str, list[Scalar]]] = {}
+    for term in terms:
+        column, equals, text = term.partition("=")
+        if not (column and equals):
+            raise UsageError(f"A filter reads column=value, e.g. group=food-drink; got {term!r}.")
+        values: list[Scalar] = [text]
+        if text.lower() in ("true", "false"):
+            values.append(text.lower() == "true")
+        with contextlib.suppress(ValueError):
+            if np.isfinite(number := float(text)):
+                values.append(number)
+        where.setdefault(column, {"$in": []})["$in"] += values
+    return where
+
+
+_Wanted = dict[str, frozenset[tuple[str, Scalar]]]  # column → (kind, value) pairs it may have
+
+
+def _kind(value: object) -> tuple[str, Scalar] | None:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool):
+        return "bool", value
+    if isinstance(value, int | float):
+        return "number", value
+    return ("text", value) if isinstance(value, str) else None
+
+
+def _wanted(where: Where | None) -> _Wanted:
+    wanted: _Wanted = {}
+    for column, rule in (where or {}).items():
+        if not _is_column(column):
+            raise UsageError(f"No column is named {column!r}: not empty, and no $, # or chroma: in front.")
+        if isinstance(rule, Mapping):
+            for operator in rule:
+                if operator != "$in":
+                    raise unknown("filter operator", str(operator), ["$in"])
+            values = list(rule.get("$in", ()))
+        else:
+            values = [rule]
+        kinds = [_kind(value) for value in values]
+        if None in kinds:
+            raise UsageError(
+                f"The filter on {column!r} must be text, a number, a boolean or {{'$in': [...]}}; got {rule!r}."
+            )
+        wanted[column] = frozenset(kind for kind in kinds if kind)
+    return wanted
+
+
+def _matches(meta: Mapping[str, Scalar], wanted: _Wanted) -> bool:
+    return all(_kind(meta.get(column)) in values for column, values in wanted.items())
+
+
+def _for_chroma(wanted: _Wanted) -> dict | None:
+    """`wanted` in Chroma's grammar: one column a condition, one type of value a list."""
+    columns = []
+    for column, pairs in wanted.items():
+        lists: dict[type, list] = {}
+        for _, value in pairs:
+            lists.setdefault(type(value), []).append(value)
+        columns.append(_join("$or", [{column: {"$in": values}} for values in lists.values()]))
+    return _join("$and", columns) if columns else None
+
+
+def _join(operator: str, parts: list[dict]) -> dict:
+    return {operator: parts} if len(parts) > 1 else parts[0]
+
+
+def _is_column(name: object) -> bool:
+    return isinstance(name, str) and bool(name) and not name.startswith(("$", "#", "chroma:"))
+
+
+def _checked(ids, vectors, meta, dim: int) -> tuple[Float[np.ndarray, "n d"], list[dict[str, Scalar]]]:
+    if not len(ids) == len(vectors) == len(meta):
+        raise StoreError(f"Got {len(ids)} ids, {len(vectors)} vectors and {len(meta)} rows of metadata.")
+    if len(set(ids)) < len(ids):
+        twice = next(name for i, name in enumerate(ids) if name in ids[:i])
+        raise StoreError(f"The id {twice!r} comes twice in one call; an id names one item.")
+    for name in ids:
+        _check_id(name)
+    vectors = np.asarray(vectors, np.float32)
+    if len(ids) and vectors.shape != (len(ids), dim):
+        raise StoreError(f"Expected vectors [{len(ids)}, {dim}], got {list(vectors.shape)}.")
+    return _unit(vectors.reshape(len(ids), dim), ids), [scalars(row) for row in meta]
+
+
+def _check_id(name: str) -> None:
+    try:
+        if name and name.encode():
+            return
+    except UnicodeEncodeError:  # a file name whose bytes are not UTF-8
+        pass
+    raise StoreError(f"An id must be text that is not empty and can be written as UTF-8; got {name!r}.")
+
+
+def _checked_query(vector, k: int, where: Where | None, dim: int) -> tuple[Float[np.ndarray, "d"], _Wanted]:
+    vector = np.asarray(vector, np.float32)
+    if vector.shape != (dim,):
+        raise StoreError(f"Expected a query vector [{dim}], got {list(vector.shape)}.")
+    if k < 1:
+        raise UsageError(f"k must be at least 1, got {k}.")
+    return _unit(vector[None], ["the query"])[0], _wanted(where)
+
+
+def _unit(vectors: Float[np.ndarray, "n d"], names: Sequence[str]) -> Float[np.ndarray, "n d"]:
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(bad):
+        raise StoreError(f"The vector of {names[bad[0]]} has no direction: it is zero or not finite.")
+    return (vectors / lengths).astype(np.float32)
+
+
+def _hit(name: str, score: float, meta: Mapping[str, Scalar]) -> Hit:
+    # Rounded to what float32 carries, so that equal vectors tie wherever they lie in memory.
+    return Hit(name, round(min(1.0, max(-1.0, float(score))), 6), dict(sorted(meta.items())))
+
+
+def _rank(hit: Hit) -> tuple[float, str]:
+    return -hit.score, hit.id
+
+
+def _all_known(ids: Sequence[str], known: Mapping[str, object]) -> None:
+    for name in ids:
+        if name not in known:
+            raise StoreError(f"There is no item {name!r} in the store.")

@@ -1,0 +1,70 @@
+"""How results look in a terminal: tables that the command line and the demo share."""
+
+from collections.abc import Iterable, Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from twofold.measure.evaluate import Evaluation, Labels, Paired
+from twofold.measure.metrics import Interval
+from twofold.retrieve.store import Hit
+
+CONSOLE = Console()
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A plain table; the first column is words, the others are figures."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2), pad_edge=True)
+    for place, column in enumerate(columns):
+        made.add_column(column, justify="right" if place else "left", no_wrap=not place)
+    return made
+
+
+def interval(value: Interval) -> str:
+    return f"{value.value:.3f} [dim]{value.low:.3f}–{value.high:.3f}[/dim]"
+
+
+def evaluation_tables(measured: Evaluation) -> Iterable[Table]:
+    """One table for labels, one for retrieval; intervals are 95 % bootstrap."""
+    if measured.labels is not None:
+        yield labels_table(measured.labels)
+    if measured.paired is not None:
+        yield recall_table({"": measured.paired})
+
+
+def labels_table(labels: Mapping[str, Labels]) -> Table:
+    made = table("accuracy on test", "kNN", "linear", "chance")
+    for name, probes in labels.items():
+        made.add_row(name, interval(probes.knn.accuracy), interval(probes.linear.accuracy), f"{probes.knn.chance:.3f}")
+    return made
+
+
+def recall_table(measured: Mapping[str, Paired]) -> Table:
+    """Recall both ways for each of `measured`, and the recall of a random order beneath."""
+    first = next(iter(measured.values()))
+    ks = list(first.text_to_image.recall)
+    made = table("recall on held-out items", *(f"R@{k}" for k in ks), "median rank")
+    for direction, words in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
+        for name, paired in measured.items():
+            found = getattr(paired, direction)
+            made.add_row(
+                f"{words} {name}".strip(), *(interval(found.recall[k]) for k in ks), f"{found.median_rank:.0f}"
+            )
+        chance = getattr(first, direction).chance
+        made.add_row(f"[dim]{words} chance[/dim]", *(f"[dim]{chance[k]:.3f}[/dim]" for k in ks), "")
+    return made
+
+
+def hits_table(hits: Iterable[Hit]) -> Table:
+    made = Table(box=None, padding=(0, 2), pad_edge=True)
+    for column in ("score", "id", "what"):
+        made.add_column(column, justify="right" if column == "score" else "left")
+    for hit in hits:
+        made.add_row(f"{hit.score:.3f}", hit.id, described(hit))
+    return made
+
+
+def described(hit: Hit) -> str:
+    """An item in words: its emoji if it is one, then its first text, file or label."""
+    words = hit.meta.get("text") or hit.meta.get("image") or hit.meta.get("label") or ""
+    return f"{hit.meta.get('emoji', '')} {words}".strip()

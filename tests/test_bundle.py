@@ -1,0 +1,244 @@
+"""A bundle comes back as it was saved, or says which file is not."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from twofold.errors import BundleError, DecodeError, UsageError
+from twofold.models.bundle import Bundle, Tower
+from twofold.models.encoders import TextEncoder, fingerprint, image_encoder, inference, read_text_encoder
+from twofold.models.heads import Standardize, mlp
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "boat", "dog", "on", "water"]
+
+
+def small_text_encoder(folder) -> TextEncoder:
+    """A BERT of one layer, 16 wide, that knows six words."""
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = {"model_type": "bert", "vocab_size": len(WORDS), "max_position_embeddings": 32, **shape}
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_text_encoder(folder, {"name": "small", "pooling": "mean"}, weights=False)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    torch.manual_seed(0)
+    image = image_encoder("timm:resnet18/4", small_stem=True, how="pad")
+    text = small_text_encoder(tmp_path_factory.mktemp("text") / "small")
+    standard = Standardize(text.dim).measure(torch.randn(20, text.dim) + 2)
+    head = nn.Sequential(standard, mlp(text.dim, 24, 8, norm=False, activation="gelu", dropout=0.2))
+    return Bundle({"text": Tower(text, head), "image": Tower(image, mlp(image.dim, 24, 8))}, {"note": "naïve 🙂"})
+
+
+@pytest.fixture
+def saved(bundle, tmp_path):
+    bundle.save(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def pictures(n: int = 3) -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, 256, (n, 40, 30, 3), np.uint8))
+
+
+def same(one: Bundle, other: Bundle) -> bool:
+    return all(np.array_equal(one.encode(x), other.encode(x)) for x in (pictures(), ["a red boat", "dog"]))
+
+
+def test_it_comes_back_with_the_same_embeddings_meta_and_fingerprint(bundle, saved):
+    again = Bundle.load(saved, device="cpu")
+    assert same(bundle, again)
+    assert (again.meta, again.dim, again.fingerprint) == (bundle.meta, 8, bundle.fingerprint)
+    assert not any(p.requires_grad for tower in again.towers.values() for p in tower.parameters())
+
+
+def test_it_can_be_saved_again_after_its_folder_is_gone(saved, tmp_path):
+    again = Bundle.load(saved)
+    shutil.rmtree(saved)
+    again.save(tmp_path / "elsewhere")
+    assert Bundle.load(tmp_path / "elsewhere").fingerprint == again.fingerprint
+
+
+def test_a_run_folder_that_holds_one_will_do(saved):
+    assert same(Bundle.load(saved.parent), Bundle.load(saved))
+
+
+def test_embeddings_are_unit_rows_in_order_whatever_the_batch(bundle):
+    z = bundle.encode(pictures(5), batch=2)
+    assert z.shape == (5, 8) and z.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(z, np.concatenate([bundle.encode([picture]) for picture in pictures(5)]), atol=1e-5)
+    assert bundle.encode([]).shape == (0, 8)
+
+
+def test_a_picture_is_the_same_as_array_bytes_file_and_pil(bundle, tmp_path):
+    array = pictures(1)[0]
+    Image.fromarray(array).save(tmp_path / "a.png")
+    forms = [array, (tmp_path / "a.png").read_bytes(), tmp_path / "a.png", Image.fromarray(array)]
+    z = bundle.encode(forms)
+    assert (z == z[0]).all()
+
+
+def test_what_it_cannot_embed_is_told(bundle, tmp_path):
+    with pytest.raises(UsageError, match="A file is a Path"):
+        bundle.encode(["a red boat", tmp_path / "a.png"])
+    with pytest.raises(DecodeError, match=r"nothing\.png: no such file"):
+        bundle.encode([tmp_path / "nothing.png"])
+    with pytest.raises(UsageError, match="no text tower, only image"):
+        Bundle({"image": bundle.towers["image"]}).encode(["a red boat"])
+
+
+def test_towers_of_different_spaces_are_no_bundle(bundle):
+    image, text = bundle.towers["image"], bundle.towers["text"]
+    with pytest.raises(UsageError, match=r"\[8, 16\]"):
+        Bundle({"image": image, "text": text.encoder})
+    with pytest.raises(UsageError, match="TextEncoder as its 'image' tower"):
+        Bundle({"image": text})
+
+
+def test_a_head_makes_another_encoder_and_no_head_does_not(bundle):
+    tower = bundle.towers["image"]
+    assert Tower(tower.encoder).fingerprint() == fingerprint(tower.encoder) != bundle.tower_fingerprint("image")
+    assert bundle.fingerprint != Bundle({"image": tower}).fingerprint
+
+
+def test_saving_during_training_changes_nothing_of_the_training(bundle, tmp_path):
+    tower = Tower(image_encoder("timm:resnet18/4", small_stem=True)).train()
+    before = torch.get_rng_state()
+    Bundle({"image": tower}).save(tmp_path / "b")
+    assert all(layer.training for layer in tower.modules()) and all(p.requires_grad for p in tower.parameters())
+    Bundle.load(tmp_path / "b")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "file", ["bundle.json", "image.safetensors", "text.safetensors", "text/vocab.txt", "text/config.json"]
+)
+def test_a_missing_file_is_named(saved, file):
+    (saved / file).unlink()
+    with pytest.raises(BundleError, match=file.split("/")[0]):
+        Bundle.load(saved)
+
+
+@pytest.mark.parametrize("file", ["bundle.json", "image.safetensors", "text.safetensors", "text/config.json"])
+def test_a_truncated_file_is_named(saved, file):
+    content = (saved / file).read_bytes()
+    (saved / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(BundleError, match=file.split("/")[0]):
+        Bundle.load(saved)
+
+
+def test_one_changed_byte_of_the_weights_is_noticed(saved):
+    content = bytearray((saved / "image.safetensors").read_bytes())
+    content[-100] ^= 1
+    (saved / "image.safetensors").write_bytes(content)
+    with pytest.raises(BundleError, match=r"image\.safetensors.*is not what was saved"):
+        Bundle.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [('"how": "pad"', '"how": "crop"'), ('"pooling": "mean"', '"pooling": "cls"'), ('"p": 0.2', '"p": 0.1')],
+)
+def test_an_edited_description_is_noticed(saved, before, after):
+    text = (saved / "bundle.json").read_text()
+    assert before in text
+    (saved / "bundle.json").write_text(text.replace(before, after))
+    with pytest.raises(BundleError, match="is not what was saved"):
+        Bundle.load(saved)
+
+
+def test_an_edited_vocabulary_is_noticed(saved):
+    vocabulary = saved / "text" / "vocab.txt"
+    vocabulary.write_text(vocabulary.read_text().replace("dog", "cat"))
+    with pytest.raises(BundleError, match="is not what was saved"):
+        Bundle.load(saved)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", '{"format": 1, "towers": {}, "meta": {}, "fingerprint": ""}', '{"format": 1, "towers": {"../x": {}}}'],
+)
+def test_json_that_is_no_bundle_is_told(saved, content):
+    (saved / "bundle.json").write_text(content)
+    with pytest.raises(BundleError, match=r"bundle\.json is damaged"):
+        Bundle.load(saved)
+
+
+def test_a_newer_format_asks_for_an_update(saved):
+    record = json.loads((saved / "bundle.json").read_text())
+    (saved / "bundle.json").write_text(json.dumps(record | {"format": 99}))
+    with pytest.raises(BundleError, match="Update twofold"):
+        Bundle.load(saved)
+
+
+def test_no_code_of_the_folder_runs(saved, tmp_path):
+    """`auto_map` is how a transformers folder asks for its own code, and a kernel's name for code from the hub."""
+    (saved / "text" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nModel = Config")
+    config = json.loads((saved / "text" / "config.json").read_text())
+    asked = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoTokenizer": ["evil.Config", None]}
+    kernel = {"attn_implementation": {"": "someone/kernel"}}
+    for evil in ({"auto_map": asked}, {"auto_map": asked, "model_type": "of-its-own"}, kernel):
+        (saved / "text" / "config.json").write_text(json.dumps(config | evil))
+        with pytest.raises(BundleError, match="text"):
+            Bundle.load(saved)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_it_replaces_a_bundle_and_nothing_else(bundle, saved, tmp_path):
+    smaller = Bundle({"image": bundle.towers["image"]})
+    smaller.save(saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["bundle.json", "image.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"precious")
+    with pytest.raises(BundleError, match="no bundle, so it is left as it is"):
+        smaller.save(tmp_path / "photos")
+    assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"precious"
+
+
+def test_a_save_that_fails_leaves_the_bundle_that_was_there(bundle, saved, monkeypatch):
+    other = Bundle({"image": bundle.towers["image"]})
+    monkeypatch.setattr(
+        "twofold.models.bundle.write_atomically", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"):
+        other.save(saved)
+    assert Bundle.load(saved).fingerprint == bundle.fingerprint
+    assert [path.name for path in saved.parent.iterdir()] == ["bundle"]
+
+
+def test_a_save_that_was_killed_between_its_renames_loses_nothing(bundle, saved):
+    saved.rename(saved.with_name(".bundle.old"))
+    assert Bundle.load(saved).fingerprint == bundle.fingerprint
+    Bundle({"image": bundle.towers["image"]}).save(saved)
+    assert set(Bundle.load(saved).towers) == {"image"}
+    assert [path.name for path in saved.parent.iterdir()] == ["bundle"]
+
+
+def test_it_loads_without_a_network_and_without_method_code(saved):
+    code = f"""
+import socket, sys
+def refuse(*_, **__): raise AssertionError("the network was asked")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from twofold.models.bundle import Bundle
+print(Bundle.load({str(saved)!r}, device="cpu").encode(["a red boat"]).shape)
+assert not [name for name in sys.modules if name.startswith(("twofold.methods", "twofold.train", "chromadb"))]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "(1, 8)\n", done.stderr
+
+
+def test_inference_on_a_loaded_bundle_is_repeatable(saved):
+    bundle = Bundle.load(saved)
+    with inference(bundle.towers["text"]):
+        assert np.array_equal(bundle.encode(["a dog"]), bundle.encode(["a dog"]))
