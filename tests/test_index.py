@@ -187,9 +187,10 @@ def test_a_source_without_a_readable_item_makes_no_index(tmp_path, bundle, out):
 
 KILLED = """
     import os, signal, sys
+    import twofold.measure.embed as embedding
     import twofold.retrieve.index as module
     photos, model, out, when = sys.argv[1:]
-    module.CHUNK = 3
+    module.CHUNK = embedding.BATCH = embedding.SHARD = 3
     upsert = module.ChromaStore.upsert
 
     def die(*_):

@@ -10,6 +10,7 @@ _PUBLIC = {
     "Batches": "data.loader",
     "Bundle": "models.bundle",
     "CLIP": "methods",
+    "Index": "retrieve.index",
     "METHODS": "methods",
     "Optimizer": "train.optim",
     "PRESETS": "views",
@@ -35,6 +36,7 @@ __all__ = [
     "PRESETS",
     "Batches",
     "Bundle",
+    "Index",
     "Optimizer",
     "Policy",
     "Recipe",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from twofold.methods import CLIP, METHODS, SigLIP, SimCLR
     from twofold.models.bundle import Bundle
     from twofold.models.encoders import image_encoder, text_encoder
+    from twofold.retrieve.index import Index
     from twofold.retrieve.retriever import Retriever
     from twofold.train.align import Recipe, align
     from twofold.train.loop import fit

@@ -78,7 +78,13 @@ def align(
 
     source = open_source(pairs, images=images)
     done = align(source, out=out, image=image, text=text, recipe=recipe, on_error=on_error, quiet=json)
-    figures = {"bundle": str(out / "bundle"), "fingerprint": done.bundle.fingerprint, "steps": done.run.steps}
+    figures = {
+        "bundle": str(out / "bundle"),
+        "fingerprint": done.bundle.fingerprint,
+        "steps": done.run.steps,
+        "seconds": done.run.seconds,
+        "last": done.run.log[-1],
+    }
     measured = None
     if source.splits is not None and "test" in source.splits:
         measured = evaluate(done.bundle, source, quiet=json)
@@ -86,6 +92,8 @@ def align(
         _print_json({**figures, "evaluation": measured})
         return
     _print_skipped(done.skipped)
+    last = done.run.log[-1]
+    print(f"  loss {last['loss']:.3f} (chance {last['chance']:.3f}) after {done.run.steps:,} steps")
     if measured:
         _print_evaluation(measured)
     print(f"\n  {out / 'bundle'}\n  next: twofold index {pairs} --model {out} --out {out / 'index'}")

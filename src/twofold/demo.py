@@ -11,14 +11,16 @@ from rich.table import Table
 
 from twofold.data.samples import ATTRIBUTION, openmoji
 from twofold.data.sources import Source
+from twofold.measure.embed import embed
 from twofold.measure.evaluate import Paired, evaluate
-from twofold.progress import Line
+from twofold.models.bundle import Bundle
+from twofold.models.encoders import image_encoder, text_encoder
 from twofold.retrieve.index import Index
 from twofold.retrieve.store import Hit
 from twofold.terminal import CONSOLE, recall_table
 from twofold.train.align import Recipe, align
 
-RECIPE = Recipe()
+RECIPE = Recipe(batch=512)
 
 # What is asked of the index: words, an emoji's picture by its id, or both.
 QUERIES: tuple[dict[str, Any], ...] = (
@@ -44,23 +46,29 @@ def demo(out: Path, *, quiet: bool = False) -> dict[str, Any]:
     _heading(console, 1, "Data", f"{len(emoji):,} emoji in {families:,} families · " + _listed(sizes))
     console.print(f"  {ATTRIBUTION}", style="dim", highlight=False)
 
-    _heading(console, 2, "Align", "EfficientNet-Lite0 and MiniLM, frozen · two small heads · sigmoid loss")
-    aligned = align(spoken(emoji), out=out, recipe=RECIPE, quiet=quiet)
+    _heading(console, 2, "Embed", "EfficientNet-Lite0 sees, MiniLM reads; both frozen, each item once")
+    texts = spoken(emoji)
+    seen = embed(image_encoder(), emoji, "image", quiet=quiet)
+    read = embed(text_encoder(), texts, "text", quiet=quiet)
+    console.print(f"  {len(seen.matrix):,} pictures and {len(read.matrix):,} texts have their features")
+
+    _heading(console, 3, "Align", "two small heads, sigmoid loss, on the training families")
+    aligned = align(texts, out=out, recipe=RECIPE, quiet=quiet)
     last = aligned.run.log[-1]
     console.print(f"  loss {last['loss']:.3f} after {aligned.run.steps:,} steps; chance is {last['chance']:.3f}")
 
-    _heading(console, 3, "Evaluate", "names and pictures that neither head has seen · 95 % intervals")
+    _heading(console, 4, "Evaluate", "names and pictures that neither head has seen; 95 % intervals")
     test = named(emoji.split("test"))
     recall = {
         name: _paired(bundle, test) for name, bundle in (("trained", aligned.bundle), ("untrained", aligned.untrained))
     }
     console.print(recall_table(recall))
 
-    _heading(console, 4, "Index", f"{len(emoji):,} pictures in Chroma")
-    with Line("index", unit="items", quiet=quiet) as line:
-        built = Index.build(emoji, aligned.bundle, out / "index", existing="prune", progress=line.update)
+    _heading(console, 5, "Index", "every picture, in an embedded Chroma")
+    built = Index.build(emoji, aligned.bundle, out / "index", existing="prune")
+    console.print(f"  {built.items:,} items in {out / 'index'}", highlight=False)
 
-    _heading(console, 5, "Search", "scores are cosines: an order, not a probability")
+    _heading(console, 6, "Search", "scores are cosines: an order, not a probability")
     with closing(Index.open(out / "index", aligned.bundle)) as index:
         answers = [(_asked(query, emoji), index.search(**query, k=SHOWN)) for query in QUERIES]
     console.print(_answers(answers))
@@ -82,8 +90,7 @@ def demo(out: Path, *, quiet: bool = False) -> dict[str, Any]:
 def spoken(emoji: Source) -> Source:
     """Each emoji with two texts, its name and its tags, for training to alternate between."""
     texts = [
-        [name, f"{name}: {tags}"] if tags else [name]
-        for name, tags in zip(emoji.meta["name"], emoji.meta["tags"], strict=True)
+        [name, tags] if tags else [name] for name, tags in zip(emoji.meta["name"], emoji.meta["tags"], strict=True)
     ]
     return replace(emoji, texts=texts)
 
@@ -93,7 +100,7 @@ def named(emoji: Source) -> Source:
     return replace(emoji, texts=[[name] for name in emoji.meta["name"]])
 
 
-def _paired(bundle, test: Source) -> Paired:
+def _paired(bundle: Bundle, test: Source) -> Paired:
     measured = evaluate(bundle, replace(test, labels=None), quiet=True).paired
     assert measured is not None  # the test split has names
     return measured
@@ -110,14 +117,10 @@ def _asked(query: dict[str, str], emoji: Source) -> str:
 def _answers(answers: list[tuple[str, list[Hit]]]) -> Table:
     made = Table(box=None, padding=(0, 2), pad_edge=True, show_header=False)
     made.add_column(no_wrap=True, style="bold")
-    made.add_column(no_wrap=True)
-    made.add_column(style="dim", overflow="ellipsis", no_wrap=True)
+    made.add_column()
     for query, hits in answers:
-        made.add_row(
-            query,
-            " ".join(str(hit.meta["emoji"]) for hit in hits),
-            " · ".join(f"{hit.meta['name']} {hit.score:.2f}" for hit in hits),
-        )
+        made.add_row(query, "  ".join(str(hit.meta["emoji"]) for hit in hits))
+        made.add_row("", "[dim]" + " · ".join(f"{hit.meta['name']} {hit.score:.2f}" for hit in hits) + "[/dim]")
     return made
 
 

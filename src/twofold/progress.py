@@ -49,5 +49,6 @@ class Line:
         tenth = 10 * done // max(total, 1)
         if not (TERMINAL.is_terminal or self._quiet) and tenth > self._tenth:
             left = (total - done) * per_unit / max(rate, 1e-9)
-            TERMINAL.print(f"  {self._what} {done}/{total} · {words} · {left:.0f} s left", highlight=False)
+            said = f"  {self._what} {done}/{total} · {words} · {left:.0f} s left"
+            TERMINAL.print(said, highlight=False, soft_wrap=True)
         self._tenth = tenth

@@ -12,16 +12,16 @@ from twofold.retrieve.store import Hit
 CONSOLE = Console()
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    """A plain table; the first column is words, the others are figures."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2), pad_edge=True)
+def table(*columns: str) -> Table:
+    """A plain table, narrow enough for 80 columns; the first one holds words, the others figures."""
+    made = Table(box=None, padding=(0, 1), pad_edge=True)
     for place, column in enumerate(columns):
-        made.add_column(column, justify="right" if place else "left", no_wrap=not place)
+        made.add_column(column, justify="right" if place else "left", no_wrap=True)
     return made
 
 
 def interval(value: Interval) -> str:
-    return f"{value.value:.3f} [dim]{value.low:.3f}–{value.high:.3f}[/dim]"
+    return f"{value.value:.3f} [dim]{value.low:.2f}–{value.high:.2f}[/dim]"
 
 
 def evaluation_tables(measured: Evaluation) -> Iterable[Table]:
@@ -43,7 +43,7 @@ def recall_table(measured: Mapping[str, Paired]) -> Table:
     """Recall both ways for each of `measured`, and the recall of a random order beneath."""
     first = next(iter(measured.values()))
     ks = list(first.text_to_image.recall)
-    made = table("recall on held-out items", *(f"R@{k}" for k in ks), "median rank")
+    made = table("held-out recall", *(f"R@{k}" for k in ks), "median")
     for direction, words in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
         for name, paired in measured.items():
             found = getattr(paired, direction)
@@ -51,7 +51,7 @@ def recall_table(measured: Mapping[str, Paired]) -> Table:
                 f"{words} {name}".strip(), *(interval(found.recall[k]) for k in ks), f"{found.median_rank:.0f}"
             )
         chance = getattr(first, direction).chance
-        made.add_row(f"[dim]{words} chance[/dim]", *(f"[dim]{chance[k]:.3f}[/dim]" for k in ks), "")
+        made.add_row(f"[dim]{words} chance[/dim]", *(f"[dim]{chance[k]:.3f}          [/dim]" for k in ks), "")
     return made
 
 

@@ -242,17 +242,13 @@ def _embedded(
 ) -> tuple[dict[str, Item], list[Skipped]]:
     """The source's items, after their contents have vectors; and those that cannot have one."""
     keys = source.keys(modality)
-    todo = vectors.missing(keys)
-    reasons: dict[str, str] = {}  # by key: a content that several items share is tried once
-    for start in range(0, len(todo), CHUNK):
-        at = todo[start : start + CHUNK]
-        tell = None if progress is None else lambda done, _, start=start: progress(start + done, len(todo))
-        made = embed(bundle, source.take(at), modality, vectors=vectors, on_error=on_error, progress=tell)
-        key_of = {source.ids[i]: keys[i] for i in at}
-        reasons.update({key_of[name]: reason for name, reason in made.skipped})
-        if modality == "text":  # `embed` keeps a vector for each text; the item's own is their mean direction
-            units = made.matrix / np.linalg.norm(made.matrix, axis=1, keepdims=True)
-            vectors.append([key_of[name] for name in made.ids], np.add.reduceat(units, made.offsets[:-1]))
+    todo = vectors.missing(keys)  # a content that several items share is tried once
+    done = embed(bundle, source.take(todo), modality, vectors=vectors, on_error=on_error, progress=progress, quiet=True)
+    key_of = {source.ids[i]: keys[i] for i in todo}
+    reasons = {key_of[name]: reason for name, reason in done.skipped}
+    if modality == "text" and done.ids:  # `embed` keeps a vector for each text; the item's own is their mean direction
+        units = done.matrix / np.linalg.norm(done.matrix, axis=1, keepdims=True)
+        vectors.append([key_of[name] for name in done.ids], np.add.reduceat(units, done.offsets[:-1]))
     items, skipped = {}, []
     for i, (name, key) in enumerate(zip(source.ids, keys, strict=True)):
         if key in vectors:

@@ -57,8 +57,8 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: torch.optim.Op
     for name, weight in method.named_parameters():
         if name in states:
             optimizer.state[weight] = {
-                # AdamW counts its steps on the CPU whatever the device of the weights.
-                key: value if key == "step" else value.to(weight.device)
+                # As the weights lie in memory; but AdamW counts its steps on the CPU whatever their device.
+                key: value if key == "step" else torch.empty_like(weight).copy_(value)
                 for key, value in states[name].items()
             }
 

@@ -91,6 +91,7 @@ def fit(
     }
     if fabric.is_global_zero:
         _agree(out / "run.json", asked)
+    method.to(memory_format=torch.channels_last)  # convolutions take a half to a third of the time
     raw = optimizer.build(method)
     model, stepper = fabric.setup(method, raw)
     first = 0

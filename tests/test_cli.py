@@ -1,0 +1,165 @@
+"""The command line, run as a user runs it, on pictures and captions that the test draws."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from twofold.cli import VERBS, main
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """96 noisy pictures of four colours, each with two captions, in a manifest with splits."""
+    folder = tmp_path_factory.mktemp("captioned")
+    draw = np.random.default_rng(0)
+    rows = ["image,caption,split,number"]
+    for i in range(96):
+        name = list(COLOURS)[i % 4]
+        noise = draw.normal(0, 20, (32, 32, 3))
+        Image.fromarray(np.clip(noise + COLOURS[name], 0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+        split = "test" if i >= 72 else "train"
+        rows += [f"{i}.png,a {name} thing,{split},{i}", f"{i}.png,something {name},{split},{i}"]
+    (folder / "captions.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Folders of pictures: splits at the top, then labels."""
+    folder = tmp_path_factory.mktemp("labelled")
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", 6)):
+        for name, colour in COLOURS.items():
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                noise = draw.normal(0, 40, (16, 16, 3))
+                picture = np.clip(noise + colour, 0, 255).astype(np.uint8)
+                Image.fromarray(picture).save(folder / split / name / f"{i}.png")
+    (folder / "train" / "red" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n cut short")
+    return folder
+
+
+def told(capsys, *arguments: object) -> dict | list:
+    """What a command with --json prints."""
+    capsys.readouterr()
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_pictures_and_captions_are_aligned_indexed_and_found(captioned, tmp_path, capsys):
+    run, index = tmp_path / "run", tmp_path / "index"
+    aligned = told(
+        capsys, "align", captioned / "captions.csv", "--out", run, "--epochs", 20, "--batch", 24, "--hidden", 64
+    )
+    assert aligned["bundle"] == str(run / "bundle")
+    found = aligned["evaluation"]["paired"]["text_to_image"]
+    assert found["recall"]["10"]["value"] > 3 * found["chance"]["10"] or found["recall"]["10"]["value"] == 1
+
+    measured = told(capsys, "evaluate", run, "--data", captioned / "captions.csv")
+    assert measured["paired"]["text_to_image"]["recall"] == found["recall"]
+
+    built = told(capsys, "index", captioned / "captions.csv", "--model", run, "--out", index)
+    assert (built["items"], built["skipped"]) == (96, [])
+    hits = told(capsys, "search", index, "something blue", "--k", 5)
+    assert len(hits) == 5
+    assert all("blue" in hit["meta"]["text"] for hit in hits)
+    hits = told(capsys, "search", index, "--id", hits[0]["id"], "--where", "split=test", "--k", 3)
+    assert all(hit["meta"]["split"] == "test" for hit in hits)
+    hits = told(capsys, "search", index, "--image", captioned / "0.png", "--k", 1)
+    assert "red" in hits[0]["meta"]["text"]
+
+    assert main(["search", str(index), "a green thing", "--k", "2"]) == 0
+    assert "a green thing" in capsys.readouterr().out
+    again = told(capsys, "index", captioned / "captions.csv", "--model", run, "--out", index)
+    assert (again["added"], again["changed"], again["embedded"]) == (0, 0, 0)
+
+
+def test_simclr_is_trained_measured_and_embeds(labelled, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = ["--encoder", "timm:resnet18/8", "--size", 16, "--small-stem", "--policy", "simclr-cifar", "--batch", 16]
+    command = ["train", "simclr", labelled, "--out", run, *flags, "--epochs", 2, "--temperature", 0.2]
+    done = told(capsys, *command)
+    assert done["steps"] == 8
+    assert done["last"]["chance"] == pytest.approx(np.log(31))
+    record = json.loads((run / "run.json").read_text())
+    assert record["options"]["temperature"] == 0.2
+    assert record["encoder"] == "timm:resnet18/8"
+    assert told(capsys, *command)["last"] == done["last"], "the same command again finds the run complete"
+
+    measured = told(capsys, "evaluate", run, "--data", labelled, "--baselines")["labels"]
+    assert measured.keys() == {"trained", "untrained", "pixels"}
+    assert measured["pixels"]["knn"]["accuracy"]["value"] > 0.5
+    assert main(["evaluate", str(run), "--data", str(labelled)]) == 0
+    assert "trained" in capsys.readouterr().out
+
+    out = tmp_path / "vectors.npz"
+    told(capsys, "embed", labelled, "--model", run, "--out", out)
+    with np.load(out) as arrays:
+        assert arrays["vectors"].shape == (88, 64)
+        assert len(set(arrays["ids"])) == 88
+
+
+def test_siglip_trains_both_towers(captioned, tmp_path, capsys):
+    flags = ["--encoder", "timm:resnet18/8", "--size", 16, "--small-stem", "--batch", 24, "--epochs", 1, "--dim", 16]
+    done = told(capsys, "train", "siglip", captioned / "captions.csv", "--out", tmp_path / "run", *flags)
+    assert done["steps"] == 3
+    assert (tmp_path / "run" / "bundle" / "text.safetensors").is_file()
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "train simclr", "train clip", "train siglip"])
+def test_help_has_examples(verb, capsys):
+    assert main([*verb.split(), "--help"]) == 0
+    assert f"twofold {verb.split()[0]}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("serach x y", "Did you mean 'search'?"),
+        ("train simclear data --out x", "Did you mean 'simclr'?"),
+        ("train simclr openmoji --out x --policy natrual", "policy 'natrual'"),
+        ("train simclr openmoji --out x --encoder timm:resnet81", "timm:resnet18"),
+        ("search --k ten", "k"),
+        ("align openmoji --out x --objektive clip", "objective"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_the_nearest(command, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2
+    streams = capsys.readouterr()
+    assert says in streams.out + streams.err
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("evaluate nowhere --data openmoji", "nowhere"),
+        ("search nowhere words", "nowhere"),
+        ("align nowhere.csv --out x", "nowhere.csv"),
+    ],
+)
+def test_what_is_missing_exits_with_1_and_is_named(command, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_an_index_is_not_searched_with_another_model(captioned, tmp_path, capsys):
+    small = ["--batch", 24, "--hidden", 16, "--epochs", 1]
+    for name, seed in (("a", 0), ("b", 1)):
+        told(capsys, "align", captioned / "captions.csv", "--out", tmp_path / name, "--seed", seed, *small)
+    source, index = captioned / "captions.csv", tmp_path / "index"
+    told(capsys, "index", source, "--model", tmp_path / "a", "--out", index)
+    assert main(["index", str(source), "--model", str(tmp_path / "b"), "--out", str(index)]) == 1
+    assert "--existing replace" in capsys.readouterr().err
+    told(capsys, "index", source, "--model", tmp_path / "b", "--out", index, "--existing", "replace")
+
+
+def test_methods_are_listed(capsys):
+    assert told(capsys, "methods").keys() == {"simclr", "clip", "siglip"}
+    assert main(["--version"]) == 0
+    assert main([]) == 0
