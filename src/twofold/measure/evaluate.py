@@ -69,12 +69,18 @@ def evaluate(
     """
     labels = pairs = None
     if data.labels is not None and data.splits is not None and "image" in bundle.towers:
-        train, test = data.split("train"), data.split(split)
-        train = train.take(range(min(limit or len(train), len(train))))
-        labels = {"trained": _labels(bundle.towers["image"], train, test, on_error, quiet)}
+        train, tested = data.split("train"), data.split(split)
+        parts = (train.take(range(min(limit or len(train), len(train)))), tested)
+        tower = bundle.towers["image"]
+        models: dict[str, Tower | ImageEncoder] = {"trained": tower}
         if baselines:
-            labels["untrained"] = _labels(_untrained(bundle.towers["image"]), train, test, on_error, quiet)
-            labels["pixels"] = _labels(None, train, test, on_error, quiet)
+            models["untrained"] = _untrained(tower)
+        labels = {
+            name: _probes(*(_embedded(model, part, on_error=on_error, quiet=quiet) for part in parts))
+            for name, model in models.items()
+        }
+        if baselines:
+            labels["pixels"] = _probes(*_pixels(parts, int(tower.encoder.spec["channels"]), on_error))
     if data.texts is not None and {"image", "text"} <= set(bundle.towers):
         tested = data if data.splits is None else data.split(split)
         tested = tested.take([item for item, texts in enumerate(tested.texts or ()) if texts])
@@ -89,26 +95,30 @@ def evaluate(
     return Evaluation(labels, pairs)
 
 
-def _labels(tower: Tower | ImageEncoder | None, train: Source, test: Source, on_error: OnError, quiet: bool) -> Labels:
-    """Both probes on the features of `tower`, or on pixels without one."""
-    (train_z, train_y), (test_z, test_y) = (
-        _features(tower, part, on_error=on_error, quiet=quiet) for part in (train, test)
-    )
-    return Labels(
-        knn=knn_probe(train_z, train_y, test_z, test_y),
-        linear=linear_probe(train_z, train_y, test_z, test_y),
-    )
+Features = tuple[np.ndarray, np.ndarray]  # one row an item, and the items' labels
 
 
-def _features(
-    tower: Tower | ImageEncoder | None, source: Source, *, on_error: OnError, quiet: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    labels: Any = source.labels
-    if tower is None:
-        pixels, kept, _ = decoded(source, THUMBNAIL, channels=None, on_error=on_error)
-        return pixels.reshape(len(pixels), -1).astype(np.float32), labels[kept]
-    embedded = embed(tower, source, "image", on_error=on_error, quiet=quiet)
-    return embedded.matrix, labels[embedded.kept]
+def _probes(train: Features, test: Features) -> Labels:
+    return Labels(knn=knn_probe(*train, *test), linear=linear_probe(*train, *test))
+
+
+def _embedded(tower: Tower | ImageEncoder, source: Source, *, on_error: OnError, quiet: bool) -> Features:
+    done = embed(tower, source, "image", on_error=on_error, quiet=quiet)
+    assert source.labels is not None
+    return done.matrix, source.labels[done.kept]
+
+
+def _pixels(parts: tuple[Source, Source], channels: int, on_error: OnError) -> list[Features]:
+    """Thumbnails of both parts around the first one's mean: cosines of raw pixels mostly compare brightness."""
+    features = []
+    mean: Any = 0
+    for place, part in enumerate(parts):
+        pixels, kept, _ = decoded(part, THUMBNAIL, channels=channels, on_error=on_error)
+        rows = pixels.reshape(len(pixels), -1).astype(np.float32)
+        mean = mean if place else rows.mean(0)
+        assert part.labels is not None
+        features.append((rows - mean, part.labels[kept]))
+    return features
 
 
 def _untrained(tower: Tower) -> ImageEncoder:
