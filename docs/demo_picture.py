@@ -1,6 +1,6 @@
 """The README's picture: runs the demo and draws what it prints, docs/demo.svg.
 
-    python docs/demo_picture.py
+python docs/demo_picture.py
 """
 
 from pathlib import Path

@@ -21,7 +21,8 @@ def table(*columns: str) -> Table:
 
 
 def interval(value: Interval) -> str:
-    return f"{value.value:.3f} [dim]{value.low:.2f}–{value.high:.2f}[/dim]"
+    low, high = (f"{bound:.2f}".removeprefix("0") for bound in (value.low, value.high))
+    return f"{value.value:.3f} [dim]{low}–{high}[/dim]"
 
 
 def evaluation_tables(measured: Evaluation) -> Iterable[Table]:
@@ -40,10 +41,10 @@ def labels_table(labels: Mapping[str, Labels]) -> Table:
 
 
 def recall_table(measured: Mapping[str, Paired]) -> Table:
-    """Recall both ways for each of `measured`, and the recall of a random order beneath."""
+    """Recall both ways and median rank for each of `measured`, and the recall of a random order beneath."""
     first = next(iter(measured.values()))
     ks = list(first.text_to_image.recall)
-    made = table("held-out recall", *(f"R@{k}" for k in ks), "median")
+    made = table("held-out recall", *(f"R@{k}" for k in ks), "rank")
     for direction, words in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
         for name, paired in measured.items():
             found = getattr(paired, direction)
@@ -51,7 +52,7 @@ def recall_table(measured: Mapping[str, Paired]) -> Table:
                 f"{words} {name}".strip(), *(interval(found.recall[k]) for k in ks), f"{found.median_rank:.0f}"
             )
         chance = getattr(first, direction).chance
-        made.add_row(f"[dim]{words} chance[/dim]", *(f"[dim]{chance[k]:.3f}          [/dim]" for k in ks), "")
+        made.add_row(f"[dim]{words} chance[/dim]", *(f"[dim]{chance[k]:.3f}        [/dim]" for k in ks), "")
     return made
 
 
