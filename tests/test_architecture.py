@@ -41,7 +41,7 @@ def imported(path: Path) -> set[str]:
             found |= {dotted[1]} if len(dotted) > 1 else {alias.name for alias in node.names}
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("twofold.")}
-    return found
+    return {name for name in found if not name.startswith("__")}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SRC)))

@@ -104,7 +104,7 @@ def test_simclr_is_trained_measured_and_embeds(labelled, tmp_path, capsys):
 
 
 def test_siglip_trains_both_towers(captioned, tmp_path, capsys):
-    flags = ["--encoder", "timm:resnet18/8", "--size", 16, "--small-stem", "--batch", 24, "--epochs", 1, "--dim", 16]
+    flags = ["--encoder", "timm:resnet18/8", "--size", 16, "--small-stem", "--batch", 24, "--epochs", 1, "--space", 16]
     done = told(capsys, "train", "siglip", captioned / "captions.csv", "--out", tmp_path / "run", *flags)
     assert done["steps"] == 3
     assert (tmp_path / "run" / "bundle" / "text.safetensors").is_file()
@@ -123,7 +123,7 @@ def test_help_has_examples(verb, capsys):
         ("train simclear data --out x", "Did you mean 'simclr'?"),
         ("train simclr openmoji --out x --policy natrual", "policy 'natrual'"),
         ("train simclr openmoji --out x --encoder timm:resnet81", "timm:resnet18"),
-        ("search --k ten", "k"),
+        ("search nowhere --k ten", "--k"),
         ("align openmoji --out x --objektive clip", "objective"),
     ],
 )

@@ -33,7 +33,7 @@ class Setting:
     small_stem: bool = False  # the stem for pictures of about 32 pixels
     channels: int = 3
     text: str = "minilm"  # the text encoder, for pairs
-    dim: int = 512  # the common space, for pairs
+    space: int = 512  # the width of the common space, for pairs
     policy: str = "simclr"
     batch: int = 256  # over all processes
     epochs: int = 100
@@ -127,8 +127,8 @@ def _method(name: str, picture: ImageEncoder, setting: Setting, options: Mapping
         return METHODS[name](picture, policy=policy, **options)
     text = text_encoder(setting.text)
     towers = {
-        "image": Tower(picture, nn.Linear(picture.dim, setting.dim)),
-        "text": Tower(text, nn.Linear(text.dim, setting.dim)),
+        "image": Tower(picture, nn.Linear(picture.dim, setting.space)),
+        "text": Tower(text, nn.Linear(text.dim, setting.space)),
     }
     return METHODS[name](towers, views={"image": policy, "text": _tokens(text)}, **options)
 
