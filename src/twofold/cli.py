@@ -368,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"twofold: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt as stopped:
-        print(f"twofold: interrupted. {stopped or 'The same command goes on from there.'}", file=sys.stderr)
+        print(f"twofold: interrupted. {str(stopped) or 'The same command goes on from there.'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `twofold … | head`
         sys.stderr.close()
