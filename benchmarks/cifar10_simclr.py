@@ -23,7 +23,7 @@ from twofold.train.train import Setting, train
 
 RESULTS = Path(__file__).parent / "results" / "cifar10_simclr.json"
 ITEMS = 10_000
-# A ResNet-18 of half the width with its ImageNet stem: 9 million multiply-adds a view, so that there are many epochs.
+# A ResNet-18 of half the width with its ImageNet stem: 12 million multiply-adds a view, so that there are many epochs.
 SETTING = Setting(encoder="timm:resnet18/32", size=32, policy="simclr-cifar", batch=512, epochs=24, limit=ITEMS)
 OPTIMIZER = Optimizer(name="adamw", lr=2e-3, weight_decay=1e-4, warmup=38)
 OPTIONS = {"temperature": 0.2}

@@ -173,10 +173,8 @@ def embed(
     from twofold.data.atomic import write_atomically
     from twofold.data.sources import open_source
     from twofold.measure.embed import embed
-    from twofold.progress import Line
 
-    with Line("embed", unit=f"{modality}s", quiet=json) as line:
-        done = embed(_model(model, modality), open_source(data), modality, on_error=on_error, progress=line.update)
+    done = embed(_model(model, modality), open_source(data), modality, on_error=on_error, quiet=json)
 
     def write(path: Path) -> None:
         with open(path, "wb") as file:
