@@ -14,7 +14,7 @@ pixels, kept, skipped = decoded(train, 32)  # uint8 [n, 3, 32, 32], memory-mappe
 
 # Colour and left/right carry meaning here, so the views must not destroy them: no hue, no gray, no flip.
 policy = replace(SIMCLR_CIFAR, area=(0.4, 1.0), hue=0.0, gray=0.0, flip=0.0)
-method = SimCLR(image_encoder("timm:resnet18/16", size=32), policy=policy, temperature=0.2)
+method = SimCLR(image_encoder("timm:resnet18/16", size=32), policies=(policy, policy), temperature=0.2)
 run = fit(
     method,
     Batches({"image": pixels}, batch=256, seed=0, group=train.take(kept).meta["family"]),

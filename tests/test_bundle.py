@@ -36,7 +36,7 @@ def bundle(tmp_path_factory) -> Bundle:
     image = image_encoder("timm:resnet18/4", small_stem=True, how="pad")
     text = small_text_encoder(tmp_path_factory.mktemp("text") / "small")
     standard = Standardize(text.dim).measure(torch.randn(20, text.dim) + 2)
-    head = nn.Sequential(standard, mlp(text.dim, 24, 8, norm=False, activation="gelu", dropout=0.2))
+    head = nn.Sequential(standard, mlp(text.dim, 24, 8, norm="none", activation="gelu", dropout=0.2))
     return Bundle({"text": Tower(text, head), "image": Tower(image, mlp(image.dim, 24, 8))}, {"note": "naïve 🙂"})
 
 

@@ -239,7 +239,7 @@ def test_standardised_training_features_have_mean_0_and_deviation_1():
     [
         nn.Identity(),
         mlp(6, 8, 4),
-        mlp(6, 8, 4, layers=3, norm=False, activation="gelu", dropout=0.3),
+        mlp(6, 8, 4, layers=3, norm="none", activation="gelu", dropout=0.3),
         nn.Sequential(Standardize(6), nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 2, bias=False))),
     ],
 )

@@ -31,6 +31,7 @@ import torch
 from twofold.data.loader import Batches
 from twofold.methods import SimCLR
 from twofold.models.encoders import image_encoder
+from twofold.models.heads import Head
 from twofold.train.loop import fit
 from twofold.train.optim import Optimizer
 from twofold.views import SIMCLR_CIFAR
@@ -39,7 +40,8 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 encoder = image_encoder("timm:resnet10t", size=16)
 encoder.body.drop_rate = 0.2
-method = SimCLR(encoder, policy=replace(SIMCLR_CIFAR, size=16), hidden=32, dim=16)
+policy = replace(SIMCLR_CIFAR, size=16)
+method = SimCLR(encoder, policies=(policy, policy), head=Head(2, 32, 16))
 pixels = torch.randint(0, 256, (48, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 batches = Batches({"image": pixels}, batch=16, seed=0)
 fit(method, batches, steps=int(sys.argv[2]), out=sys.argv[1], optimizer=Optimizer(name=sys.argv[3], lr=1e-2, warmup=4),

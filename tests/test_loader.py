@@ -50,16 +50,17 @@ def test_columns_stay_together_and_keep_their_type(tmp_path):
 
 def test_processes_share_out_the_batch_that_one_process_gets(monkeypatch):
     columns = {"at": np.arange(20), "text": [[f"{n}{c}" for c in "abc"] for n in range(20)]}
-    whole = Batches(columns, batch=8, seed=3)[3]
+    whole = Batches(columns, batch=10, seed=3)[3]
     parts = []
+    monkeypatch.setattr(runtime, "counts", lambda rows: [2, 3, 2, 3])
     for rank in range(4):
         monkeypatch.setattr(runtime, "world", lambda rank=rank: (rank, 4))
-        parts.append(Batches(columns, batch=8, seed=3)[3])
-    assert [len(part["at"]) for part in parts] == [2] * 4
+        parts.append(Batches(columns, batch=10, seed=3)[3])
+    assert [len(part["at"]) for part in parts] == [2, 3, 2, 3]
     assert [value for part in parts for value in part["at"].tolist()] == whole["at"].tolist()
     assert [text for part in parts for text in part["text"]] == whole["text"]
-    with pytest.raises(UsageError, match="multiple of the 4 processes"):
-        Batches(columns, batch=6, seed=3)
+    with pytest.raises(UsageError, match="each of the 4 processes needs an item"):
+        Batches(columns, batch=3, seed=3)
 
 
 def test_of_a_group_one_member_is_visited_each_epoch_and_all_in_the_long_run():

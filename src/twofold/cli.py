@@ -10,7 +10,7 @@ import json as jsonlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
@@ -313,9 +313,9 @@ def train(name: str, arguments: list[str]) -> None:
         /,
         *,
         out: Folder,
-        setting: OmitArgPrefixes[Setting] = Setting(),  # noqa: B008 — frozen
+        setting: Annotated[Setting, arg(name="")] = Setting(),  # noqa: B008 — frozen
         optimizer: Optimizer = Optimizer(),  # noqa: B008 — frozen
-        options: OmitArgPrefixes[kind] = kind(),  # type: ignore[valid-type]  # noqa: B008 — frozen
+        options: Annotated[kind, arg(name="")] = kind(),  # noqa: B008 — frozen
         json: bool = False,
     ) -> None:
         done = train(
@@ -324,7 +324,7 @@ def train(name: str, arguments: list[str]) -> None:
             out=out,
             setting=setting,
             optimizer=optimizer,
-            options=dataclasses.asdict(options),
+            options=vars(options),
             quiet=json,
         )
         if json:
@@ -415,16 +415,20 @@ def _overview() -> str:
 
 
 def _options(method: type) -> type:
-    """A dataclass of what a method's signature leaves to choose: its keyword-only parameters of plain types."""
+    """A dataclass of what a method's signature leaves to choose: its keyword-only numbers, words and heads."""
+    from twofold.models.heads import Head
+
     hints = get_type_hints(getattr(method, "__init__"))  # noqa: B009 — a class's, not an instance's
-    plain = [
-        (p.name, hints[p.name], p.default)
+    chosen = [
+        (p.name, hints[p.name], dataclasses.field(default=p.default))
         for p in inspect.signature(method).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and hints[p.name] in (int, float, bool, str)
+        if p.kind is p.KEYWORD_ONLY and (hints[p.name] in (int, float, bool, str, Head) or _is_literal(hints[p.name]))
     ]
-    return dataclasses.make_dataclass(
-        f"{method.__name__}Options", [(n, t, dataclasses.field(default=d)) for n, t, d in plain], frozen=True
-    )
+    return dataclasses.make_dataclass(f"{method.__name__}Options", chosen, frozen=True)
+
+
+def _is_literal(hint: Any) -> bool:
+    return get_origin(hint) is Literal
 
 
 def _model(name: str, modality: str) -> Any:

@@ -45,26 +45,45 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+def share(rows: int) -> slice:
+    """Which of the `rows` of a global batch are this process's: contiguous, as even as can be, in rank order."""
+    rank, size = world()
+    return slice(rows * rank // size, rows * (rank + 1) // size)
+
+
+def counts(rows: int) -> list[int]:
+    """How many rows each process holds, of which this one holds `rows`. Every process must ask."""
+    size = world()[1]
+    if size == 1:
+        return [rows]
+    where = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    held = torch.empty(size, dtype=torch.long, device=where)
+    dist.all_gather_into_tensor(held, torch.tensor([rows], device=where))
+    return held.tolist()
+
+
 def uniform(rows: int, columns: int, draw: torch.Generator) -> Float[Tensor, "rows columns"]:
     """Uniform noise in [0, 1) for the rows of the global batch that belong to this process.
 
-    Every process holds the same generator state and draws the whole [W·rows, columns] table, then keeps its own rows:
-    a sample's views do not depend on the number of processes.
+    Every process holds the same generator state and draws the whole table of the global batch, then keeps its own
+    rows: a sample's views do not depend on the number of processes.
     """
-    rank, size = world()
-    table = torch.rand(size * rows, columns, generator=draw, device=draw.device)
-    return table[rank * rows : (rank + 1) * rows]
+    held, rank = counts(rows), world()[0]
+    table = torch.rand(sum(held), columns, generator=draw, device=draw.device)
+    return table.split(held)[rank]
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        rank, size = world()
-        ctx.rows = slice(rank * len(x), (rank + 1) * len(x))
-        parts = [torch.empty_like(x) for _ in range(size)]
-        dist.all_gather(parts, x.contiguous())
-        parts[rank] = x
-        return torch.cat(parts)
+        held, (rank, size) = counts(len(x)), world()
+        ctx.rows = slice(sum(held[:rank]), sum(held[: rank + 1]))
+        longest = max(held)
+        mine = x.new_zeros(longest, *x.shape[1:])  # parts of one size is what every backend can gather
+        mine[: len(x)] = x
+        parts = [torch.empty_like(mine) for _ in range(size)]
+        dist.all_gather(parts, mine)
+        return torch.cat([part[:rows] for part, rows in zip(parts, held, strict=True)])
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
@@ -74,10 +93,33 @@ class _Gather(torch.autograd.Function):
         return gradient[ctx.rows] * world()[1]
 
 
-def gather(x: Float[Tensor, "b d"]) -> Float[Tensor, "wb d"]:
-    """The rows of every process, in rank order, differentiable.
+def gather(x: Float[Tensor, "b d"]) -> Float[Tensor, "n d"]:
+    """The rows of every process, in rank order, differentiable; processes may hold different numbers of rows.
 
     Compute the loss of the gathered rows on every process and average parameter gradients over processes (as
     data-parallel training does): the result is the gradient of one process holding the whole batch.
     """
     return x if world()[1] == 1 else _Gather.apply(x)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # What a process adds to the sum reaches the loss through the rows of every process.
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def total(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The sum of x over all processes, differentiable: what a statistic of the global batch is made of.
+
+    For what lies before `gather` (a normalisation inside an encoder). After it, every process has all rows anyway.
+    """
+    return x if world()[1] == 1 else _Total.apply(x)

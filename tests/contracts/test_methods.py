@@ -14,6 +14,7 @@ from twofold.data.loader import Batches
 from twofold.methods import METHODS, Method, Out
 from twofold.models.bundle import Bundle
 from twofold.models.encoders import ImageEncoder, image_encoder
+from twofold.models.heads import Head
 from twofold.train.checkpoint import load
 from twofold.train.loop import fit
 from twofold.train.optim import Optimizer
@@ -32,7 +33,7 @@ def make(name: str) -> Method:
     torch.manual_seed(0)
     if METHODS[name].needs == ("image",):
         encoder = image_encoder("timm:resnet18/8", size=SIZE, small_stem=True)
-        return METHODS[name](encoder, policy=POLICY)
+        return METHODS[name](encoder, policies=(POLICY, POLICY))
     return METHODS[name]({"image": nn.Linear(WIDTH, 8), "text": nn.Linear(WIDTH, 8)})
 
 
@@ -131,5 +132,8 @@ def test_its_page_states_the_defaults_of_the_paper(name):
     page = (DOCS / f"{name}.md").read_text()
     table = {row[0]: row[1] for line in page.splitlines() if (row := line.strip("| ").split(" | ")) and len(row) >= 2}
     for parameter in list(inspect.signature(METHODS[name]).parameters.values())[1:]:
-        if isinstance(parameter.default, int | float):
-            assert float(table[f"`{parameter.name}`"]) == parameter.default
+        stated = table.get(f"`{parameter.name}`")
+        if isinstance(parameter.default, int | float):  # True and False too
+            assert stated is not None and float(eval(stated)) == parameter.default
+        if isinstance(parameter.default, Head):
+            assert stated is not None and eval(stated.strip("`"), {"Head": Head}) == parameter.default

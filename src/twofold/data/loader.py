@@ -75,8 +75,8 @@ class Batches:
         self.members = _members(np.arange(items) if group is None else group)
         self.batch, self.seed = batch, seed
         visits, what = len(self.members), "items" if group is None else "groups"
-        if batch < 1 or batch % runtime.world()[1]:
-            raise UsageError(f"batch={batch} must be a positive multiple of the {runtime.world()[1]} processes.")
+        if batch < max(1, runtime.world()[1]):
+            raise UsageError(f"batch={batch}: each of the {runtime.world()[1]} processes needs an item at least.")
         if visits < batch:
             raise DataError(
                 f"A batch of {batch} needs as many {what}; there are {visits}. Lower batch to {visits} or less."
@@ -88,12 +88,10 @@ class Batches:
         """This process's rows of the batch of this step; steps go on over the epochs without end."""
         if step < 0:
             raise IndexError(f"Steps count from 0, got {step}.")
-        rank, size = runtime.world()
-        mine = self.batch // size
         epoch, place = divmod(step, self.steps_per_epoch)
-        start = place * self.batch + rank * mine
-        items = self._epoch(epoch)[start : start + mine]
-        noise = runtime.uniform(mine, 1, runtime.generator(self.seed, "choice", step)).numpy()[:, 0]
+        mine = runtime.share(self.batch)
+        items = self._epoch(epoch)[place * self.batch :][mine]
+        noise = runtime.uniform(len(items), 1, runtime.generator(self.seed, "choice", step)).numpy()[:, 0]
         return {
             name: _take(column.rows, column.drawn(items, noise)) if isinstance(column, Choice) else _take(column, items)
             for name, column in self.columns.items()

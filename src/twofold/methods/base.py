@@ -26,6 +26,7 @@ class Method(nn.Module, ABC):
     """One way to train representations. Subclasses are final; share parts by composition."""
 
     needs: Sequence[str] = ("image",)  # the columns of a batch that forward reads
+    sync_batchnorm = True  # several processes: BatchNorm sees the global batch, as one process would
 
     @abstractmethod
     def forward(self, batch: Mapping[str, Any], draw: torch.Generator) -> Out:
@@ -34,6 +35,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def towers(self) -> dict[str, nn.Module]:
         """Modality → the part that a bundle keeps."""
+
+    def heads(self) -> dict[str, nn.Module]:
+        """Modality → the head that the loss is taken behind, where a bundle's tower ends before it."""
+        return {}
 
     def after_step(self, progress: float) -> None:
         """Moving averages, clamps and the like, after the optimizer's step; `progress` runs from 0 to 1."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from twofold.methods.base import Method, Out
 from twofold.models.encoders import ImageEncoder
-from twofold.models.heads import mlp
+from twofold.models.heads import Head
 from twofold.objectives import nt_xent, nt_xent_chance
 from twofold.runtime import gather
 from twofold.views import SIMCLR, Policy
@@ -25,20 +25,21 @@ class SimCLR(Method):
         self,
         encoder: ImageEncoder,
         *,
-        policy: Policy = SIMCLR,
-        hidden: int = 2048,
-        dim: int = 128,
+        policies: tuple[Policy, Policy] = (SIMCLR, SIMCLR),
+        head: Head = Head(2, 2048, 128),  # noqa: B008 — frozen
         temperature: float = 0.5,
     ):
         super().__init__()
-        self.encoder, self.policy, self.temperature = encoder, policy, temperature
-        self.head = mlp(encoder.dim, hidden, dim)
+        self.encoder, self.policies, self.temperature = encoder, policies, temperature
+        self.head = head.build(encoder.dim)
 
     def forward(self, batch: Mapping[str, Any], draw: torch.Generator) -> Out:
-        views = torch.cat([self.policy(batch["image"], draw) for _ in range(2)])
-        h = self.encoder(views)
+        h = self.encoder(torch.cat([policy(batch["image"], draw) for policy in self.policies]))
         z1, z2 = (gather(z) for z in self.head(h).chunk(2))
         return Out(nt_xent(z1, z2, temperature=self.temperature), z=h, chance=nt_xent_chance(len(z1)))
 
     def towers(self) -> dict[str, nn.Module]:
         return {"image": self.encoder}
+
+    def heads(self) -> dict[str, nn.Module]:
+        return {"image": self.head}

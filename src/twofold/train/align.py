@@ -104,7 +104,7 @@ def _head(features: Embedded, recipe: Recipe) -> nn.Sequential:
     standard = Standardize(dim).measure(torch.from_numpy(features.matrix))
     if not recipe.hidden:
         return nn.Sequential(standard, nn.Dropout(recipe.dropout), nn.Linear(dim, recipe.dim))
-    layers = mlp(dim, recipe.hidden, recipe.dim, norm=False, activation="gelu", dropout=recipe.dropout)
+    layers = mlp(dim, recipe.hidden, recipe.dim, norm="none", activation="gelu", dropout=recipe.dropout)
     return nn.Sequential(standard, nn.Dropout(recipe.dropout / 2), *layers)
 
 

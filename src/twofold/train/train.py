@@ -1,7 +1,7 @@
 """From data on disk to a trained bundle: what `twofold train` does."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,7 +104,7 @@ def train(
         optimizer=optimizer,
         seed=setting.seed,
         save_every=setting.save_every,
-        record={"data": data.name, "items": len(kept), **_identity(setting), "options": dict(options)},
+        record={"data": data.name, "items": len(kept), **_identity(setting), "options": _plain(options)},
         fabric=fabric,
         quiet=quiet,
     )
@@ -120,17 +120,21 @@ def _identity(setting: Setting) -> dict[str, Any]:
     return {k: v for k, v in asdict(setting).items() if k not in ("devices", "save_every", "batch", "seed", "on_error")}
 
 
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: asdict(value) if is_dataclass(value) else value for name, value in options.items()}  # type: ignore[arg-type]
+
+
 def _method(name: str, picture: ImageEncoder, setting: Setting, options: Mapping[str, Any]) -> Method:
     """The method around its encoders."""
-    policy = replace(PRESETS[setting.policy], size=picture.size)
+    policies = tuple(replace(policy, size=picture.size) for policy in PRESETS[setting.policy])
     if "text" not in METHODS[name].needs:
-        return METHODS[name](picture, policy=policy, **options)
+        return METHODS[name](picture, policies=policies, **options)
     text = text_encoder(setting.text)
     towers = {
         "image": Tower(picture, nn.Linear(picture.dim, setting.space)),
         "text": Tower(text, nn.Linear(text.dim, setting.space)),
     }
-    return METHODS[name](towers, views={"image": policy, "text": _tokens(text)}, **options)
+    return METHODS[name](towers, views={"image": policies[0], "text": _tokens(text)}, **options)
 
 
 def _tokens(encoder: TextEncoder) -> View:

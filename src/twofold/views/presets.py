@@ -21,11 +21,10 @@ BYOL = (
 NONE = Policy(area=(1.0, 1.0), aspect=(1.0, 1.0), flip=0.0, jitter=0.0, gray=0.0, blur=0.0)
 """Nothing random: the largest central square, resized."""
 
-PRESETS = {
-    "simclr": SIMCLR,
-    "simclr-cifar": SIMCLR_CIFAR,
-    "moco-v2": MOCO_V2,
-    "byol-1": BYOL[0],
-    "byol-2": BYOL[1],
-    "none": NONE,
+PRESETS: dict[str, tuple[Policy, Policy]] = {  # one policy a view
+    "simclr": (SIMCLR, SIMCLR),
+    "simclr-cifar": (SIMCLR_CIFAR, SIMCLR_CIFAR),
+    "moco-v2": (MOCO_V2, MOCO_V2),
+    "byol": BYOL,
+    "none": (NONE, NONE),
 }
