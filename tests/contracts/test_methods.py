@@ -28,21 +28,34 @@ POLICY = replace(
 pytestmark = pytest.mark.parametrize("name", METHODS)
 
 
+def of_pictures(name: str) -> bool:
+    return "image" in METHODS[name].needs and "text" not in METHODS[name].needs
+
+
 def make(name: str) -> Method:
     """A small one of its kind, always with the same weights."""
     torch.manual_seed(0)
-    if METHODS[name].needs == ("image",):
-        encoder = image_encoder("timm:resnet18/8", size=SIZE, small_stem=True)
-        return METHODS[name](encoder, policies=(POLICY, POLICY))
-    return METHODS[name]({"image": nn.Linear(WIDTH, 8), "text": nn.Linear(WIDTH, 8)})
+    if not of_pictures(name):
+        return METHODS[name]({"image": nn.Linear(WIDTH, 8), "text": nn.Linear(WIDTH, 8)})
+    encoder = image_encoder("timm:resnet18/8", size=SIZE, small_stem=True)
+    small = {
+        parameter.name: replace(parameter.default, hidden=64, dim=32)
+        for parameter in inspect.signature(METHODS[name]).parameters.values()
+        if isinstance(parameter.default, Head)
+    }
+    if "queue" in inspect.signature(METHODS[name]).parameters:
+        small["queue"] = 4 * BATCH
+    return METHODS[name](encoder, policies=(POLICY, POLICY), **small)
 
 
 def batches(name: str, *, batch: int = BATCH) -> Batches:
     draw = torch.Generator().manual_seed(1)
-    if METHODS[name].needs == ("image",):
-        coarse = torch.rand(N, 3, 2, 2, generator=draw)  # blotches that survive a crop
-        pictures = nn.functional.interpolate(coarse, SIZE, mode="bilinear")
-        return Batches({"image": (pictures * 255).byte()}, batch=batch, seed=0)
+    if of_pictures(name):
+        label = torch.arange(N) % 8
+        coarse = torch.rand(8, 3, 2, 2, generator=draw)[label] + torch.rand(N, 3, 2, 2, generator=draw)
+        pictures = nn.functional.interpolate(coarse / 2, SIZE, mode="bilinear")  # blotches that survive a crop
+        columns = {"image": (pictures * 255).byte(), "label": label}
+        return Batches({column: columns[column] for column in METHODS[name].needs}, batch=batch, seed=0)
     common = torch.randn(N, WIDTH, generator=draw)
     columns = {side: common + 0.1 * torch.randn(N, WIDTH, generator=draw) for side in METHODS[name].needs}
     return Batches(columns, batch=batch, seed=0)
@@ -70,7 +83,7 @@ def test_every_parameter_that_learns_gets_a_gradient(name):
 def test_the_generator_alone_decides_what_is_random(name):
     first, again = (run(make(name), name, seed=3) for _ in range(2))
     assert torch.equal(first.loss, again.loss)
-    if METHODS[name].needs == ("image",):
+    if of_pictures(name):
         assert not torch.equal(first.loss, run(make(name), name, seed=4).loss)
 
 
@@ -79,7 +92,7 @@ def test_it_learns(name, tmp_path):
     done = fit(make(name), batches(name), steps=40, out=tmp_path, optimizer=optimizer, log_every=1, quiet=True)
     losses = [line["loss"] for line in done.log]
     first, last = sum(losses[:8]) / 8, sum(losses[-8:]) / 8
-    assert last < 0.95 * first
+    assert last < first - 0.05 * abs(first)  # some are a negative cosine
     assert last < done.log[-1].get("chance", math.inf)
 
 
