@@ -11,8 +11,8 @@ setup: .venv/.twofold ## a virtual environment in .venv with twofold and its def
 demo: setup ## the main job on shipped data: pictures and words come to share a space (offline)
 	$(BIN)/twofold demo
 
-test: .venv/.twofold-dev ## the whole test suite
-	$(BIN)/pytest
+test: .venv/.twofold-dev ## the whole test suite, one process a core; the tests of a file stay together
+	$(BIN)/pytest -n auto --dist loadfile
 
 lint: .venv/.twofold-dev ## style, formatting, types
 	$(BIN)/ruff check .
