@@ -120,6 +120,54 @@ def test_saving_during_training_changes_nothing_of_the_training(bundle, tmp_path
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.fixture
+def headed(tmp_path):
+    torch.manual_seed(0)
+    image = image_encoder("timm:resnet18/4", small_stem=True)
+    bundle = Bundle({"image": image}, heads={"image": mlp(image.dim, 24, 8, last_norm=True)})
+    bundle.save(tmp_path / "headed")
+    return bundle, tmp_path / "headed"
+
+
+def test_a_training_head_is_kept_apart_and_changes_nothing(headed):
+    bundle, folder = headed
+    assert bundle.fingerprint == Bundle({"image": bundle.towers["image"]}).fingerprint
+    plain, whole = Bundle.load(folder, device="cpu"), Bundle.load(folder, device="cpu", heads=True)
+    assert not plain.heads
+    assert whole.heads["image"].encoder is whole.towers["image"].encoder
+    assert whole.heads["image"].fingerprint() == bundle.heads["image"].fingerprint()
+    assert (plain.dim, plain.fingerprint) == (whole.dim, whole.fingerprint) == (32, bundle.fingerprint)
+    assert np.array_equal(plain.encode(pictures()), whole.encode(pictures()))
+    (folder / "image.head.safetensors").unlink()
+    assert Bundle.load(folder).fingerprint == bundle.fingerprint
+    with pytest.raises(BundleError, match=r"image\.head\.safetensors is missing"):
+        Bundle.load(folder, heads=True)
+
+
+def test_a_changed_training_head_is_noticed(headed):
+    folder = headed[1]
+    content = bytearray((folder / "image.head.safetensors").read_bytes())
+    content[-100] ^= 1
+    (folder / "image.head.safetensors").write_bytes(content)
+    with pytest.raises(BundleError, match=r"image\.head\.safetensors.*is not what was saved"):
+        Bundle.load(folder, heads=True)
+
+
+def test_a_bundle_from_before_there_were_training_heads_loads(headed):
+    folder = headed[1]
+    record = json.loads((folder / "bundle.json").read_text())
+    del record["heads"]
+    (folder / "bundle.json").write_text(json.dumps(record))
+    assert Bundle.load(folder, heads=True).heads == {}
+
+
+def test_a_training_head_needs_a_tower_without_one(bundle):
+    with pytest.raises(UsageError, match="'image' is none"):
+        Bundle({"image": bundle.towers["image"]}, heads={"image": mlp(8, 8, 8)})
+    with pytest.raises(UsageError, match="'text' is none"):
+        Bundle({"image": bundle.towers["image"]}, heads={"text": mlp(8, 8, 8)})
+
+
 @pytest.mark.parametrize(
     "file", ["bundle.json", "image.safetensors", "text.safetensors", "text/vocab.txt", "text/config.json"]
 )

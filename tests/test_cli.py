@@ -1,5 +1,6 @@
 """The command line, run as a user runs it, on pictures and captions that the test draws."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,13 @@ import pytest
 from PIL import Image
 
 from twofold.cli import VERBS, main
+from twofold.data.sources import open_source
+from twofold.errors import DataError
+from twofold.methods import METHODS
+from twofold.models.encoders import image_encoder
+from twofold.models.heads import Head
+from twofold.train.train import Setting, _method, train
+from twofold.views import PRESETS
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
 
@@ -95,6 +103,10 @@ def test_simclr_is_trained_measured_and_embeds(labelled, tmp_path, capsys):
     assert measured["pixels"]["knn"]["accuracy"]["value"] > 0.5
     assert main(["evaluate", str(run), "--data", str(labelled)]) == 0
     assert "trained" in capsys.readouterr().out
+    behind = told(capsys, "evaluate", run, "--data", labelled, "--at", "head")["labels"]
+    assert behind.keys() == {"trained", "head"}
+    assert behind["trained"] == measured["trained"]
+    assert behind["head"]["knn"]["accuracy"]["value"] > 0.3
 
     out = tmp_path / "vectors.npz"
     told(capsys, "embed", labelled, "--model", run, "--out", out)
@@ -110,7 +122,51 @@ def test_siglip_trains_both_towers(captioned, tmp_path, capsys):
     assert (tmp_path / "run" / "bundle" / "text.safetensors").is_file()
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "train simclr", "train clip", "train siglip"])
+@pytest.mark.parametrize(
+    ("method", "options", "chance"),
+    [
+        ("supcon", ["--per-class", 4, "--head.hidden", 16], np.log(31)),
+        ("triplet", ["--mining", "batch-hard", "--margin", 0.3], 0.3),
+        ("triplet", ["--no-labels"], 0.2),
+    ],
+)
+def test_methods_learn_from_the_labels_of_folders(labelled, tmp_path, capsys, method, options, chance):
+    flags = ["--encoder", "timm:resnet18/8", "--size", 16, "--small-stem", "--batch", 16, "--epochs", 1, *options]
+    done = told(capsys, "train", method, labelled, "--out", tmp_path / "run", *flags)
+    assert done["steps"] == 4
+    assert done["last"]["chance"] == pytest.approx(chance)
+    assert (tmp_path / "run" / "bundle" / "image.head.safetensors").is_file()
+
+
+def test_items_without_a_label_are_left_out_or_missed(labelled, tmp_path, capsys):
+    source = open_source(labelled).split("train")
+    some = np.where(np.arange(len(source)) % 2, source.labels, -1)
+    setting = Setting(encoder="timm:resnet18/4", size=16, small_stem=True, batch=8, epochs=1)
+
+    def run(labels, **options):
+        train("supcon", dataclasses.replace(source, splits=None, labels=labels), out=tmp_path, quiet=True, **options)
+
+    run(some, setting=setting)
+    assert json.loads((tmp_path / "run.json").read_text())["items"] == 32
+    with pytest.raises(DataError, match=r"supcon learns from labels; .* has none.*one subfolder a class.*simclr"):
+        run(None, setting=setting)
+    with pytest.raises(DataError, match=r"the 10 labelled items .* are all of one"):
+        run(source.labels, setting=dataclasses.replace(setting, limit=10))
+    assert main(["train", "simclr", str(labelled), "--out", str(tmp_path / "x"), "--per-class", "4"]) == 2
+    assert "for methods that learn from labels" in capsys.readouterr().err
+
+
+def test_a_method_draws_the_views_of_its_own_paper_unless_told():
+    seen = []
+    for policy in (None, "simclr-cifar"):
+        setting = Setting(encoder="timm:resnet18/4", size=16, small_stem=True, policy=policy)
+        encoder = image_encoder(setting.encoder, size=16, small_stem=True)
+        seen.append(_method("byol", encoder, setting, {"head": Head(2, 8, 8), "predictor": Head(2, 8, 8)}).policies)
+    assert seen[0] == tuple(dataclasses.replace(policy, size=16) for policy in PRESETS["byol"])
+    assert seen[1] == tuple(dataclasses.replace(policy, size=16) for policy in PRESETS["simclr-cifar"])
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *(f"train {method}" for method in METHODS)])
 def test_help_has_examples(verb, capsys):
     assert main([*verb.split(), "--help"]) == 0
     assert f"twofold {verb.split()[0]}" in capsys.readouterr().out
@@ -123,6 +179,11 @@ def test_help_has_examples(verb, capsys):
         ("train simclear data --out x", "Did you mean 'simclr'?"),
         ("train simclr openmoji --out x --policy natrual", "policy 'natrual'"),
         ("train simclr openmoji --out x --encoder timm:resnet81", "timm:resnet18"),
+        ("train simclr openmoji --out x --temperature 0", "temperature must be greater than 0; got 0.0"),
+        ("train dcl openmoji --out x --temperature -1", "temperature must be greater than 0; got -1.0"),
+        ("train supcon openmoji --out x --temperature 0", "temperature must be greater than 0; got 0.0"),
+        ("train triplet openmoji --out x --margin 0", "margin must be greater than 0; got 0.0"),
+        ("train triplet openmoji --out x --mining semihard", "semi-hard"),
         ("search nowhere --k ten", "--k"),
         ("align openmoji --out x --objektive clip", "objective"),
     ],
@@ -160,6 +221,11 @@ def test_an_index_is_not_searched_with_another_model(captioned, tmp_path, capsys
 
 
 def test_methods_are_listed(capsys):
-    assert told(capsys, "methods").keys() == {"simclr", "clip", "siglip"}
+    listed = told(capsys, "methods")
+    assert listed.keys() == METHODS.keys()
+    assert listed["supcon"]["needs"] == ["image", "label"] and "arXiv 2004.11362" in listed["supcon"]["paper"]
+    assert main(["methods"]) == 0
+    words = capsys.readouterr().out.split("from pictures and labels")
+    assert "simclr" in words[0] and "triplet" in words[1]
     assert main(["--version"]) == 0
     assert main([]) == 0

@@ -4,58 +4,33 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
+from dataclasses import replace
+from inspect import signature
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
+from processes import start, together
+from twofold import runtime
 from twofold.data.loader import Batches
 from twofold.errors import TrainingError
-from twofold.methods import CLIP, Out, SigLIP
+from twofold.methods import CLIP, METHODS, Out, SigLIP, SimCLR
 from twofold.methods.base import Method
+from twofold.models.encoders import ImageEncoder, image_encoder
+from twofold.models.heads import Head
 from twofold.train.checkpoint import load, save
 from twofold.train.loop import CHECKPOINT, fit
 from twofold.train.optim import Optimizer
-
-N, WIDTH = 64, 24
-
-# A run of SimCLR in a process of its own, with a BatchNorm, dropout and random views to get wrong.
-SCRIPT = """
-import sys, time
-from dataclasses import replace
-import torch
-from twofold.data.loader import Batches
-from twofold.methods import SimCLR
-from twofold.models.encoders import image_encoder
-from twofold.models.heads import Head
-from twofold.train.loop import fit
-from twofold.train.optim import Optimizer
+from twofold.train.train import Setting, _compiled, _fabric
 from twofold.views import SIMCLR_CIFAR
 
-torch.set_num_threads(1)
-torch.manual_seed(0)
-encoder = image_encoder("timm:resnet10t", size=16)
-encoder.body.drop_rate = 0.2
-policy = replace(SIMCLR_CIFAR, size=16)
-method = SimCLR(encoder, policies=(policy, policy), head=Head(2, 32, 16))
-pixels = torch.randint(0, 256, (48, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-batches = Batches({"image": pixels}, batch=16, seed=0)
-fit(method, batches, steps=int(sys.argv[2]), out=sys.argv[1], optimizer=Optimizer(name=sys.argv[3], lr=1e-2, warmup=4),
-    save_every=4, log_every=1, quiet=True)
-"""
-
-
-def start(script: Path, *arguments: object) -> subprocess.Popen:
-    with open(script.with_suffix(".err"), "a") as err:
-        return subprocess.Popen([sys.executable, script, *map(str, arguments)], stderr=err)
-
-
-def finish(process: subprocess.Popen, script: Path) -> None:
-    assert process.wait() == 0, script.with_suffix(".err").read_text()
+N, WIDTH, SIZE = 64, 24, 16
 
 
 def lines(out: Path) -> list[dict]:
@@ -65,74 +40,130 @@ def lines(out: Path) -> list[dict]:
         return []
 
 
-def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
-    limit = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < limit:
-        if any(line["step"] >= step for line in lines(out)):
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"step {step} was not reached, exit status {process.poll()}")
-
-
 def without_times(log: list[dict]) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in log]
 
 
-def test_a_run_stopped_twice_in_mid_epoch_ends_with_the_very_same_weights(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    whole = start(script, tmp_path / "whole", 14, "lars")
+def assert_same_run(one: Path, two: Path) -> None:
+    """Bit for bit: weights, optimiser, log."""
+    expected, got = load(one / CHECKPOINT), load(two / CHECKPOINT)
+    assert (expected.step, expected.scaler) == (got.step, got.scaler)
+    assert expected.tensors.keys() == got.tensors.keys()
+    for key in expected.tensors:
+        assert torch.equal(expected.tensors[key], got.tensors[key]), key
+    assert without_times(lines(one)) == without_times(lines(two))
 
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+
+def train_simclr(out: Path) -> None:
+    """With BatchNorm, dropout and random views to get wrong."""
+    torch.manual_seed(0)
+    encoder = image_encoder("timm:resnet10t", size=SIZE)
+    encoder.body.drop_rate = 0.2
+    policy = replace(SIMCLR_CIFAR, size=SIZE)
+    method = SimCLR(encoder, policies=(policy, policy), head=Head(2, 32, 16))
+    optimizer = Optimizer(name="lars", lr=1e-2, warmup=4)
+    fit(method, pictures(16), steps=14, out=out, optimizer=optimizer, save_every=4, log_every=1, quiet=True)
+
+
+def wait_for_step(process: BaseProcess, out: Path, step: int) -> None:
+    limit = time.monotonic() + 120
+    while process.is_alive() and time.monotonic() < limit:
+        if any(line["step"] >= step for line in lines(out)):
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached, exit status {process.exitcode}")
+
+
+def test_a_run_stopped_twice_in_mid_epoch_ends_with_the_very_same_weights(tmp_path):
     out = tmp_path / "stopped"
     for step, how in ((2, signal.SIGKILL), (7, signal.SIGINT)):  # before the first checkpoint, and between two
-        process = start(script, out, 14, "lars")
+        process = start(train_simclr, out)
         wait_for_step(process, out, step)
-        process.send_signal(how)
-        assert process.wait() != 0
-    finish(start(script, out, 14, "lars"), script)
-    finish(whole, script)
-
-    expected, got = load(tmp_path / "whole" / CHECKPOINT), load(out / CHECKPOINT)
-    assert expected.step == got.step == 14
-    assert expected.tensors.keys() == got.tensors.keys()
-    assert all(torch.equal(expected.tensors[key], got.tensors[key]) for key in expected.tensors)
-    assert without_times(lines(tmp_path / "whole")) == without_times(lines(out))
+        os.kill(process.pid, how)
+        process.join()
+        assert process.exitcode != 0
+    train_simclr(out)
+    train_simclr(tmp_path / "whole")
+    assert load(out / CHECKPOINT).step == 14
+    assert_same_run(tmp_path / "whole", out)
 
 
-PAIRS = """
-import sys, torch
-from lightning_fabric import Fabric
-from torch import nn
-from twofold.data.loader import Batches
-from twofold.methods import METHODS
-from twofold.train.loop import fit
-from twofold.train.optim import Optimizer
+# --- several processes ------------------------------------------------------------------------------------------------
 
-torch.set_num_threads(1)
-fabric = Fabric(accelerator="cpu", devices=int(sys.argv[2]), strategy="ddp" if sys.argv[2] != "1" else "auto")
-fabric.launch()
-torch.manual_seed(0)
-draw = torch.Generator().manual_seed(1)
-common = torch.randn(64, 24, generator=draw)
-columns = {side: common + torch.randn(64, 24, generator=draw) for side in ("image", "text")}
-method = METHODS[sys.argv[3]]({"image": nn.Linear(24, 8), "text": nn.Linear(24, 8)})
-batches = Batches(columns, batch=16, seed=0)
-fit(method, batches, steps=12, out=sys.argv[1], optimizer=Optimizer(lr=1e-2), log_every=1, fabric=fabric, quiet=True)
-"""
+CASES = [*METHODS, "simclr in chunks"]
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_two_processes_learn_what_one_learns(name, tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(PAIRS)
-    for world in (1, 2):
-        finish(start(script, tmp_path / str(world), world, name), script)
-    one, two = (load(tmp_path / str(world) / CHECKPOINT).tensors for world in (1, 2))
+def pictures(batch: int) -> Batches:
+    pixels = torch.randint(0, 256, (48, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return Batches({"image": pixels, "label": torch.arange(48) % 4}, batch=batch, seed=0)
+
+
+def small(norm: nn.Module) -> ImageEncoder:
+    layers = [nn.Conv2d(3, 8, 3, stride=2), norm, nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2), nn.Flatten()]
+    spec = {"size": SIZE, "channels": 3, "how": "crop"}
+    return ImageEncoder(nn.Sequential(*layers), spec, mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def learn(case: str, out: Path, fabric: Fabric | None = None) -> None:
+    """A few steps of a small method of its kind; a batch of 15 is uneven over two processes."""
+    torch.manual_seed(0)
+    name, in_chunks = case.split()[0], "chunks" in case
+    parameters = signature(METHODS[name]).parameters
+    if "encoder" not in parameters:
+        method, batches = METHODS[name](heads()), pairs(batch=15)
+    else:
+        sizes = {"hidden": 32, "dim": 16}
+        shapes = {key: replace(p.default, **sizes) for key, p in parameters.items() if isinstance(p.default, Head)}
+        if name == "moco":
+            shapes |= {"queue": 40, "shuffle": False}  # shuffled, BatchNorm sees parts of a batch, on purpose
+        policy = replace(SIMCLR_CIFAR, size=SIZE)
+        encoder = small(nn.GroupNorm(2, 8) if in_chunks else nn.BatchNorm2d(8))
+        method, batches = METHODS[name](encoder, policies=(policy, policy), **shapes), pictures(15)
+    chunk = 4 if in_chunks and fabric else None
+    optimizer = Optimizer(name="sgd", lr=1e-2, clip=1.0)
+    fit(method, batches, steps=5, out=out, optimizer=optimizer, chunk=chunk, log_every=1, fabric=fabric, quiet=True)
+    assert not [layer for layer in method.modules() if "forward" in vars(layer)]
+
+
+def one_of_two(folder: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    for case in CASES:
+        learn(case, folder / case, fabric)
+    rank = fabric.global_rank
+    with pytest.raises(TrainingError) as error:
+        fit(Breaks(at=3, rank=1), pairs(), steps=9, out=folder / "nan", log_every=5, fabric=fabric, quiet=True)
+    (folder / f"error{rank}").write_text(str(error.value))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    together(one_of_two, folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_learn_what_one_learns(case, two, tmp_path):
+    learn(case, tmp_path)
+    one, other = load(tmp_path / CHECKPOINT).tensors, load(two / case / CHECKPOINT).tensors
+    assert one.keys() == other.keys()
     for key in one:
-        if key.startswith("method."):
-            torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
-    for first, second in zip(lines(tmp_path / "1"), lines(tmp_path / "2"), strict=True):
+        torch.testing.assert_close(other[key], one[key], rtol=1e-4, atol=1e-5, msg=key)
+    for first, second in zip(lines(tmp_path), lines(two / case), strict=True):
         assert second["loss"] == pytest.approx(first["loss"], abs=1e-4)
+
+
+def test_a_loss_that_breaks_in_one_process_stops_all_in_the_same_step(two):
+    told = [(two / f"error{rank}").read_text() for rank in range(2)]
+    assert told[0] == told[1]
+    assert "The loss is nan in step 3" in told[0]
+
+
+# --- one process ------------------------------------------------------------------------------------------------------
 
 
 def pairs(batch: int = 16) -> Batches:
@@ -146,13 +177,13 @@ def heads() -> dict[str, nn.Module]:
 
 
 class Breaks(Method):
-    """Its loss is NaN from a given step on."""
+    """Its loss is NaN from a given step on, in one process."""
 
     needs = ("image", "text")
 
-    def __init__(self, at: int):
+    def __init__(self, at: int, rank: int = 0):
         super().__init__()
-        self.inner, self.at, self.done = CLIP(heads()), at, 0
+        self.inner, self.at, self.done = CLIP(heads()), at if runtime.world()[0] == rank else math.inf, 0
 
     def forward(self, batch, draw):
         out = self.inner(batch, draw)
@@ -169,6 +200,97 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_la
     saved = load(tmp_path / CHECKPOINT)
     assert saved.step == 4
     assert all(value.isfinite().all() for value in saved.tensors.values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_resumes_bit_for_bit(precision, tmp_path, monkeypatch):
+    def train(out: Path, stop: int | None = None) -> None:
+        class Stops(Batches):
+            def __getitem__(self, step):
+                if step == stop:
+                    raise KeyboardInterrupt
+                return super().__getitem__(step)
+
+        torch.manual_seed(0)
+        monkeypatch.setattr(runtime, "device", lambda: torch.device("cpu"))
+        fabric = _fabric(Setting(precision=precision))
+        plugin: Any = fabric.strategy.precision
+        if plugin.scaler:  # grows twice within the run, and what it is after a stop depends on when it grew
+            plugin.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+        options = {"optimizer": Optimizer(lr=1e-2, clip=1.0), "save_every": 2, "log_every": 1, "fabric": fabric}
+        policy = replace(SIMCLR_CIFAR, size=SIZE)
+        method = SimCLR(small(nn.BatchNorm2d(8)), policies=(policy, policy), head=Head(2, 32, 16))
+        source = pictures(16)
+        source.__class__ = Stops
+        fit(method, source, steps=8, out=out, quiet=True, **options)
+
+    train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", stop=5)
+    train(tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    scaler = load(tmp_path / "whole" / CHECKPOINT).scaler
+    assert scaler.get("scale") == (None if precision == "bf16-mixed" else 256)
+
+
+def test_mixed_precision_rounds_neither_pictures_nor_similarities(tmp_path, monkeypatch):
+    class Looks(Method):
+        def __init__(self):
+            super().__init__()
+            self.inner = CLIP(heads())
+
+        def forward(self, batch, draw):
+            out = self.inner(batch, draw)
+            assert torch.is_autocast_enabled("cpu")
+            assert [batch["image"].dtype, out.z.dtype, out.loss.dtype] == [torch.float32, torch.bfloat16, torch.float32]
+            return out
+
+        def towers(self):
+            return self.inner.towers()
+
+    monkeypatch.setattr(runtime, "device", lambda: torch.device("cpu"))
+    looks, fabric = Looks(), _fabric(Setting(precision="bf16-mixed"))
+    looks.needs = ("image", "text")
+    fit(looks, pairs(), steps=1, out=tmp_path, fabric=fabric, quiet=True)
+
+
+def test_compiling_leaves_names_as_they_are_and_ends_with_the_run():
+    method = METHODS["byol"](small(nn.BatchNorm2d(8)))
+    keys = list(method.state_dict())
+    with _compiled(method):
+        assert list(method.state_dict()) == keys
+        assert sum(module._compiled_call_impl is not None for module in method.modules()) == 2  # and the target
+    assert not any(module._compiled_call_impl for module in method.modules())
+
+
+def test_a_batch_too_small_for_batchnorm_is_named_with_what_to_do(tmp_path):
+    policy = replace(SIMCLR_CIFAR, size=SIZE)
+    method = METHODS["byol"](image_encoder("timm:resnet10t", size=SIZE), policies=(policy, policy))
+    with pytest.raises(TrainingError, match=r"BYOL has a BatchNorm, .* larger batch"):
+        fit(method, pictures(1), steps=1, out=tmp_path, quiet=True)
+
+
+def test_weight_decay_follows_its_schedule(tmp_path):
+    """Zero gradients: what moves is decay alone, lr · decay(step) of each weight a step."""
+
+    class Still(Method):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 2))
+
+        def forward(self, batch, draw):
+            return Out(0 * self.weight.sum(), z=torch.ones(2, 2))
+
+        def towers(self):
+            return {"image": self}
+
+    still, optimizer = Still(), Optimizer(lr=0.1, weight_decay=0.4, final_weight_decay=0.04)
+    fit(still, pictures(4), steps=6, out=tmp_path, optimizer=optimizer, quiet=True)
+    left = 1.0
+    for step in range(6):
+        rate = 0.1 * 0.5 * (1 + math.cos(math.pi * step / 6))
+        left *= 1 - rate * (0.04 + (0.4 - 0.04) * 0.5 * (1 + math.cos(math.pi * step / 6)))
+    torch.testing.assert_close(still.weight.detach(), torch.full((2, 2), left))
 
 
 def test_another_configuration_in_the_same_folder_is_refused_and_named(tmp_path):

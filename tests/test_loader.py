@@ -115,3 +115,55 @@ def test_too_few_items_and_columns_of_other_lengths_say_so():
         Choice(np.arange(2), np.array([0, 3]))
     with pytest.raises(IndexError):
         index()[-1]
+
+
+def by_class(classes, **options):
+    columns = {"at": np.arange(len(classes)), "label": np.asarray(classes)}
+    return Batches(columns, **{"batch": 8, "seed": 1, "each": 4, "classes": classes, **options})
+
+
+def test_of_each_class_in_a_batch_there_are_several():
+    classes = np.repeat(np.arange(10), 12)
+    batches = by_class(classes, batch=24)
+    assert batches.steps_per_epoch == 5
+    for step in range(20):
+        count = np.bincount(batches[step]["label"], minlength=10)
+        assert not (count % 4).any() and (count > 0).sum() > 1
+    for number in range(4):
+        assert sorted(epoch(batches, number)) == list(range(120))
+    assert epoch(batches, 0) != epoch(batches, 1) != epoch(by_class(classes, batch=24, seed=2), 1)
+    runs = [frozenset(run) for number in range(4) for run in np.reshape(epoch(batches, number), (-1, 4)).tolist()]
+    assert len(set(runs)) > 100, "the same items do not always come together"
+
+
+def test_a_class_that_does_not_divide_is_filled_up_with_its_own():
+    classes = [0] * 9 + [1] * 4 + [2] * 2 + [3]
+    batches = by_class(classes, batch=4)
+    assert batches.steps_per_epoch == 3 + 1 + 1 + 1
+    visits = np.array([np.bincount(epoch(batches, number), minlength=16) for number in range(60)])
+    assert (visits >= 1).all() and (visits[:, :13] <= 2).all()
+    assert (visits[:, 13:15] == 2).all() and (visits[:, 15] == 4).all()
+    assert visits[:, :9].mean(0) == pytest.approx(12 / 9, abs=0.25), "in the long run all items of a class alike"
+    assert all(len(set(batches[step]["label"].tolist())) == 1 for step in range(60))
+
+
+def test_batches_by_class_are_a_function_of_the_step_and_shared_out(monkeypatch):
+    classes = np.arange(40) % 5
+    forward = [by_class(classes)[step]["at"].tolist() for step in range(12)]
+    backward = by_class(classes)
+    assert [backward[step]["at"].tolist() for step in reversed(range(12))] == forward[::-1]
+    parts = []
+    monkeypatch.setattr(runtime, "counts", lambda rows: [2, 3, 3])
+    for rank in range(3):
+        monkeypatch.setattr(runtime, "world", lambda rank=rank: (rank, 3))
+        parts += by_class(classes)[7]["at"].tolist()
+    assert parts == forward[7]
+
+
+def test_runs_that_make_no_batch_say_so():
+    with pytest.raises(UsageError, match="batch=8 is not made of runs of each=3"):
+        by_class([0, 1] * 8, each=3)
+    with pytest.raises(UsageError, match="by group or by class"):
+        by_class([0, 1] * 8, group=range(16))
+    with pytest.raises(DataError, match="one length"):
+        Batches({"at": np.arange(3)}, batch=1, seed=0, classes=[0, 1])

@@ -4,24 +4,27 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as processes
 from torch import Tensor
 
 from twofold.objectives import (
     clip,
     clip_chance,
+    dcl,
+    dcl_chance,
     info_nce,
     info_nce_chance,
     nt_xent,
     nt_xent_chance,
     siglip,
     siglip_chance,
+    sup_con,
+    sup_con_chance,
 )
-from twofold.runtime import gather
 
 # Each loss as a function of two [n, d]; the family's tests run over all of them.
 LOSSES = {
     "nt_xent": lambda a, b: nt_xent(a, b, temperature=0.3),
+    "dcl": lambda a, b: dcl(a, b, temperature=0.3),
     "info_nce": lambda a, b: info_nce(a, b, temperature=0.2),
     "info_nce with negatives": lambda a, b: info_nce(a, b, negatives=torch.eye(3, a.shape[-1]).to(a), temperature=0.2),
     "clip": lambda a, b: clip(a, b, scale=5.0),
@@ -83,6 +86,27 @@ def slow_siglip(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return total / len(a)
 
 
+def slow_dcl(z1: Tensor, z2: Tensor, temperature: Tensor) -> Tensor:
+    views, n = [*z1, *z2], len(z1)
+    total = torch.zeros((), dtype=z1.dtype)
+    for i, anchor in enumerate(views):
+        logits = [cosine(anchor, view) / temperature for view in views]
+        total = total - logits[(i + n) % (2 * n)]
+        total = total + sum(logits[j].exp() for j in range(2 * n) if j % n != i % n).log()
+    return total / (2 * n)
+
+
+def slow_sup_con(z: Tensor, labels: list[int], temperature: Tensor) -> Tensor:
+    losses = []
+    for i, anchor in enumerate(z):
+        positives = [p for p in range(len(z)) if p != i and labels[p] == labels[i]]
+        logits = {j: cosine(anchor, z[j]) / temperature for j in range(len(z)) if j != i}
+        if positives:
+            shares = [choose(logits[p], [logits[j] for j in logits if j != p]) for p in positives]
+            losses.append(sum(shares) / len(positives))
+    return sum(losses) / len(losses)
+
+
 def same_value_and_gradients(fast, slow, inputs: list[Tensor]) -> None:
     value, reference = fast(*inputs), slow(*inputs)
     torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-12)
@@ -94,6 +118,21 @@ def same_value_and_gradients(fast, slow, inputs: list[Tensor]) -> None:
 def test_nt_xent_equals_the_loop_over_anchors():
     same_value_and_gradients(
         lambda a, b: nt_xent(a, b, temperature=0.3), lambda a, b: slow_nt_xent(a, b, 0.3), [*pair()]
+    )
+
+
+def test_dcl_equals_the_loop_over_anchors_and_trains_its_temperature():
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    same_value_and_gradients(lambda a, b, t: dcl(a, b, temperature=t), slow_dcl, [*pair(), temperature])
+
+
+def test_sup_con_equals_the_loop_over_anchors_and_trains_its_temperature():
+    labels = [3, 0, 3, -5, 0, 3]  # -5 is alone
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    same_value_and_gradients(
+        lambda z, t: sup_con(z, torch.tensor(labels), temperature=t),
+        lambda z, t: slow_sup_con(z, labels, t),
+        [pair()[0], temperature],
     )
 
 
@@ -142,6 +181,26 @@ def test_nt_xent_is_the_mean_over_2n_anchors_and_not_the_official_codes_sum_of_t
     assert nt_xent(axes, axes.flip(0), temperature=1.0).item() == pytest.approx(math.log(2 + math.e), abs=1e-6)
 
 
+def test_dcl_of_two_aligned_orthogonal_pairs_is_negative():
+    # Two rivals at 0, the partner at 1: ln 2 - 1.
+    axes = torch.eye(2)
+    assert dcl(axes, axes, temperature=1.0).item() == pytest.approx(-0.306853, abs=1e-6)
+
+
+def test_sup_con_leaves_out_the_anchor_that_is_alone():
+    # The first two: e / (e + 1). The third has no positive; as a rival it counts.
+    z, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 1])
+    assert sup_con(z, labels, temperature=1.0).item() == pytest.approx(0.313262, abs=1e-6)
+
+
+def test_sup_con_of_labels_that_name_the_pairs_is_nt_xent():
+    a, b = pair()
+    labels = torch.arange(6).repeat(2)
+    torch.testing.assert_close(
+        sup_con(torch.cat((a, b)), labels, temperature=0.3), nt_xent(a, b, temperature=0.3), rtol=1e-12, atol=0
+    )
+
+
 def test_info_nce_of_two_orthogonal_pairs():
     # At temperature 1/2: ln(1 + e^-2).
     axes = torch.eye(2)
@@ -185,10 +244,16 @@ def test_a_rotation_of_both_sides_does_not_matter(name):
     torch.testing.assert_close(LOSSES[name](a @ rotation, b @ rotation), LOSSES[name](a, b))
 
 
-@pytest.mark.parametrize("name", ["nt_xent", "clip", "siglip"])
+@pytest.mark.parametrize("name", ["nt_xent", "dcl", "clip", "siglip"])
 def test_the_two_sides_can_be_swapped(name):
     a, b = pair()
     torch.testing.assert_close(LOSSES[name](b, a), LOSSES[name](a, b))
+
+
+def test_neither_the_order_of_the_rows_nor_the_names_of_the_labels_matter_to_sup_con():
+    z, labels = pair()[0], torch.tensor([0, 1, 0, 1, 2, 2])
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    torch.testing.assert_close(sup_con(z[order], 7 - labels[order]), sup_con(z, labels))
 
 
 # Limits.
@@ -202,6 +267,10 @@ def test_collapsed_embeddings_score_the_chance_level(n):
     queue = torch.ones(50, 3)
     assert info_nce(point, point, negatives=queue).item() == pytest.approx(info_nce_chance(1 + 50), abs=1e-5)
     assert clip(point, point, scale=100.0).item() == pytest.approx(clip_chance(n), abs=1e-4)
+    labels = torch.arange(n).repeat(2) // 2
+    assert sup_con(point.repeat(2, 1), labels).item() == pytest.approx(sup_con_chance(2 * n), abs=1e-5)
+    if n > 1:
+        assert dcl(point, point).item() == pytest.approx(dcl_chance(n), abs=1e-5)
 
 
 @pytest.mark.parametrize("n", [2, 8, 300])
@@ -251,6 +320,8 @@ def test_a_temperature_of_0_005_does_not_overflow_float32(worst):
     b = -a if worst else a
     for loss in (
         nt_xent(a, b, temperature=0.005),
+        dcl(a, b, temperature=0.005),
+        sup_con(torch.cat((a, b)), torch.arange(8).repeat(2), temperature=0.005),
         info_nce(a, b, temperature=0.005),
         info_nce(a, b, negatives=b, temperature=0.005),
         clip(a, b, scale=200.0),
@@ -303,6 +374,8 @@ def test_a_temperature_or_scale_that_is_not_positive_is_refused(value):
     x = torch.eye(2)
     for loss, message in [
         (lambda: nt_xent(x, x, temperature=value), "nt_xent needs temperature > 0; got"),
+        (lambda: dcl(x, x, temperature=value), "dcl needs temperature > 0; got"),
+        (lambda: sup_con(x, torch.zeros(2).long(), temperature=value), "sup_con needs temperature > 0; got"),
         (lambda: info_nce(x, x, temperature=value), "info_nce needs temperature > 0; got"),
         (lambda: clip(x, x, scale=value), "clip needs scale > 0; got"),
         (lambda: siglip(x, x, scale=value, bias=0.0), "siglip needs scale > 0; got"),
@@ -311,53 +384,13 @@ def test_a_temperature_or_scale_that_is_not_positive_is_refused(value):
             loss()
 
 
-# Several processes: gradients averaged as data-parallel training does, of gathered rows.
+def test_dcl_of_one_pair_has_nothing_to_push_away_from():
+    with pytest.raises(ValueError, match="n ≥ 2"):
+        dcl(torch.ones(1, 3), torch.ones(1, 3))
 
 
-def towers_and_scale() -> tuple[Tensor, Tensor]:
-    return noise(5, 4, seed=8).requires_grad_(), torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
-
-
-def gradients(name: str, x: Tensor, y: Tensor) -> list[Tensor]:
-    tower, log_scale = towers_and_scale()
-    a, b = gather(x @ tower), gather(y @ tower)
-    loss = {
-        "nt_xent": lambda: nt_xent(a, b, temperature=0.3),
-        "info_nce": lambda: info_nce(a, b, temperature=0.2),
-        "clip": lambda: clip(a, b, scale=log_scale.exp()),
-        "siglip": lambda: siglip(a, b, scale=log_scale.exp(), bias=-1.5),
-    }[name]()
-    found = torch.autograd.grad(loss, [tower, log_scale], allow_unused=True)
-    return [g for g in found if g is not None]
-
-
-SIZES = (2, 4)
-
-
-def one_process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    for size in SIZES:
-        if rank >= size:
-            continue
-        torch.distributed.init_process_group("gloo", f"file://{folder}/{size}", rank=rank, world_size=size)
-        rows = slice(rank * 8 // size, (rank + 1) * 8 // size)
-        averaged = {}
-        for name in ("nt_xent", "info_nce", "clip", "siglip"):
-            averaged[name] = gradients(name, noise(8, 5, seed=6)[rows], noise(8, 5, seed=7)[rows])
-            for gradient in averaged[name]:
-                torch.distributed.all_reduce(gradient)
-                gradient /= size
-        if rank == 0:
-            torch.save(averaged, f"{folder}/{size}.pt")
-        torch.distributed.destroy_process_group()
-
-
-def test_several_processes_have_the_gradients_of_one(tmp_path):
-    processes.spawn(one_process, (str(tmp_path),), nprocs=max(SIZES))
-    for size in SIZES:
-        averaged = torch.load(tmp_path / f"{size}.pt", weights_only=True)
-        assert set(averaged) == {"nt_xent", "info_nce", "clip", "siglip"}
-        for name, found in averaged.items():
-            alone = gradients(name, noise(8, 5, seed=6), noise(8, 5, seed=7))
-            assert len(found) == len(alone)
-            torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)
+def test_sup_con_without_any_positive_is_refused():
+    with pytest.raises(ValueError, match=r"no two rows of one label among 3"):
+        sup_con(torch.eye(3), torch.arange(3))
+    with pytest.raises(ValueError, match=r"\(3, 3\), \(2,\)"):
+        sup_con(torch.eye(3), torch.zeros(2).long())

@@ -66,6 +66,30 @@ def test_biases_norms_and_temperatures_never_decay(name):
     }
 
 
+@pytest.mark.parametrize("name", ["adamw", "lars", "sgd"])
+def test_weight_decay_goes_from_first_to_last_where_there_is_any(name):
+    chosen = Optimizer(name=name, lr=0.1, weight_decay=0.04, final_weight_decay=0.4)
+    optimizer = chosen.build(nn.Linear(2, 2))
+    seen = []
+    for step in range(8):
+        assert chosen.schedule(optimizer, step, steps=8) == optimizer.param_groups[0]["lr"]
+        seen.append([group["weight_decay"] for group in optimizer.param_groups])
+    assert [biases for _, biases in seen] == [0.0] * 8
+    decay = [weights for weights, _ in seen]
+    assert decay[0] == pytest.approx(0.04)
+    assert decay[4] == pytest.approx(0.22)
+    assert all(a < b for a, b in pairwise(decay))
+    assert decay[-1] < 0.4
+
+
+def test_weight_decay_stays_as_it_is_unless_told_where_to_go():
+    chosen = Optimizer(weight_decay=0.05)
+    optimizer = chosen.build(nn.Linear(2, 2))
+    for step in range(5):
+        chosen.schedule(optimizer, step, steps=5)
+        assert optimizer.param_groups[0]["weight_decay"] == 0.05
+
+
 def test_what_is_frozen_is_not_optimised():
     module = nn.Linear(3, 3)
     module.bias.requires_grad_(False)
@@ -80,3 +104,5 @@ def test_unknown_optimizers_and_impossible_rates_are_refused():
         Optimizer(lr=0)
     with pytest.raises(UsageError):
         Optimizer(lr=math.nan)
+    with pytest.raises(UsageError, match="final_weight_decay"):
+        Optimizer(final_weight_decay=-0.1)

@@ -11,7 +11,16 @@ from torchvision.transforms import RandomResizedCrop
 
 from twofold import runtime
 from twofold.errors import UsageError
-from twofold.views import BYOL, MOCO_V2, NONE, PRESETS, SIMCLR, SIMCLR_CIFAR, Policy, apply
+from twofold.views import (
+    BYOL,
+    MOCO_V2,
+    NONE,
+    PRESETS,
+    SIMCLR,
+    SIMCLR_CIFAR,
+    Policy,
+    apply,
+)
 
 SMALL = replace(SIMCLR, size=32)
 COLORLESS = {"saturation": 0.0, "hue": 0.0, "gray": 0.0}

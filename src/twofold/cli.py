@@ -106,6 +106,7 @@ def evaluate(
     data: Data,
     split: str = "test",
     limit: int | None = None,
+    at: Literal["encoder", "head"] = "encoder",
     baselines: bool = False,
     on_error: OnError = "skip",
     json: bool = False,
@@ -114,6 +115,7 @@ def evaluate(
 
     examples:
       twofold evaluate runs/a --data photos/ --baselines
+      twofold evaluate runs/a --data photos/ --at head
       twofold evaluate runs/b --data captions.csv
 
     Args:
@@ -121,6 +123,7 @@ def evaluate(
         data: labelled or captioned pictures with splits
         split: what is tested on; probes are fitted on "train"
         limit: fit the probes on the first so many items of "train"
+        at: head: measure behind the head of the training, too; what it throws away, the encoder still has
         baselines: measure raw pixels and the untrained encoder too
         on_error: what to do with a picture that cannot be read
         json: print the result as JSON
@@ -130,10 +133,11 @@ def evaluate(
     from twofold.models.bundle import Bundle
 
     measured = evaluate(
-        Bundle.load(model),
+        Bundle.load(model, heads=at == "head"),
         open_source(data),
         split=split,
         limit=limit,
+        at=at,
         baselines=baselines,
         on_error=on_error,
         quiet=json,
@@ -273,7 +277,7 @@ def search(
 
 
 def methods(*, json: bool = False) -> None:
-    """List the methods that `twofold train` knows, with the first line of each.
+    """List the methods that `twofold train` knows, with the paper of each and what it learns from.
 
     examples:
       twofold methods
@@ -283,22 +287,30 @@ def methods(*, json: bool = False) -> None:
     """
     from twofold.methods import METHODS
 
-    lines = {name: (inspect.getdoc(sys.modules[m.__module__]) or "").splitlines()[0] for name, m in METHODS.items()}
+    docs = {name: inspect.getdoc(sys.modules[method.__module__]) or "" for name, method in METHODS.items()}
+    papers = {name: " ".join(doc.split("\n\n")[0].split()) for name, doc in docs.items()}
     if json:
-        _print_json(lines)
-    else:
-        print("\n".join(f"  {name:<8} {line}" for name, line in lines.items()))
+        _print_json({name: {"paper": paper, "needs": METHODS[name].needs} for name, paper in papers.items()})
+        return
+    words = {"image": "pictures", "label": "labels", "text": "captions"}
+    for needs in dict.fromkeys(tuple(method.needs) for method in METHODS.values()):
+        print(f"\n  from {' and '.join(words[need] for need in needs)}")
+        for name, paper in papers.items():
+            if tuple(METHODS[name].needs) == needs:
+                print(f"    {name:<8} {paper}")
 
 
 def train(name: str, arguments: list[str]) -> None:
-    """Train a method from scratch on pictures (and texts). Called again, it goes on where it was stopped.
+    """Train a method from scratch on pictures (and labels or texts). Called again, it goes on where it was stopped.
 
     examples:
       twofold train simclr photos/ --out runs/a
       twofold train simclr cifar10/ --out runs/c --encoder timm:resnet18 --small-stem --policy simclr-cifar
+      twofold train triplet photos/ --out runs/d --mining batch-hard --per-class 4
       twofold train siglip captions.csv --out runs/b --temperature 0.1
 
     """
+    from twofold import runtime
     from twofold.data.sources import open_source
     from twofold.methods import METHODS
     from twofold.train.optim import Optimizer
@@ -318,6 +330,12 @@ def train(name: str, arguments: list[str]) -> None:
         options: Annotated[kind, arg(name="")] = kind(),  # noqa: B008 — frozen
         json: bool = False,
     ) -> None:
+        """
+        Args:
+            data: pictures, with labels or captions where the method needs them
+            out: the run's folder; the bundle comes to lie in it
+            json: print the result as JSON
+        """
         done = train(
             name,
             open_source(data),
@@ -327,8 +345,11 @@ def train(name: str, arguments: list[str]) -> None:
             options=vars(options),
             quiet=json,
         )
+        if runtime.world()[0]:
+            return  # of several processes the first speaks
         if json:
-            _print_json({"out": str(out), "steps": done.steps, "seconds": done.seconds, "last": done.log[-1]})
+            figures = {"out": str(out), "steps": done.steps, "seconds": done.seconds, "last": done.log[-1]}
+            _print_json(figures | ({"profile": done.profile.json()} if done.profile else {}))
         else:
             print(f"  {out / 'bundle'}\n  next: twofold evaluate {out} --data {data} --baselines")
 

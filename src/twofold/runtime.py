@@ -6,6 +6,8 @@ killed and resumed, or spread over several processes, sees the very same views.
 
 import hashlib
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -38,6 +40,24 @@ def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Ge
     return torch.Generator(device).manual_seed(seed_of(*parts))
 
 
+_clocks: list[Callable[[str], AbstractContextManager[None]]] = []  # none, or the one that measures
+
+
+def part(name: str) -> AbstractContextManager[None]:
+    """What happens inside is the part `name` of a step, to whoever measures where its time goes; else nothing."""
+    return _clocks[-1](name) if _clocks else nullcontext()
+
+
+@contextmanager
+def measured_by(clock: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
+    """Inside, `clock(name)` is what every `part(name)` is run in."""
+    _clocks.append(clock)
+    try:
+        yield
+    finally:
+        _clocks.pop()
+
+
 def world() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) where no process group exists."""
     if dist.is_available() and dist.is_initialized():
@@ -58,7 +78,8 @@ def counts(rows: int) -> list[int]:
         return [rows]
     where = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
     held = torch.empty(size, dtype=torch.long, device=where)
-    dist.all_gather_into_tensor(held, torch.tensor([rows], device=where))
+    with part("communicate"):
+        dist.all_gather_into_tensor(held, torch.tensor([rows], device=where))
     return held.tolist()
 
 
@@ -82,8 +103,9 @@ class _Gather(torch.autograd.Function):
         mine = x.new_zeros(longest, *x.shape[1:])  # parts of one size is what every backend can gather
         mine[: len(x)] = x
         parts = [torch.empty_like(mine) for _ in range(size)]
-        dist.all_gather(parts, mine)
-        return torch.cat([part[:rows] for part, rows in zip(parts, held, strict=True)])
+        with part("communicate"):
+            dist.all_gather(parts, mine)
+        return torch.cat([their[:rows] for their, rows in zip(parts, held, strict=True)])
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
@@ -105,16 +127,19 @@ def gather(x: Float[Tensor, "b d"]) -> Float[Tensor, "n d"]:
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
+        return _sum(x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         # What a process adds to the sum reaches the loss through the rows of every process.
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
+        return _sum(gradient)
+
+
+def _sum(x: Tensor) -> Tensor:
+    result = x.clone()
+    with part("communicate"):
+        dist.all_reduce(result)
+    return result
 
 
 def total(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

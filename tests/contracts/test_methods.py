@@ -92,8 +92,10 @@ def test_it_learns(name, tmp_path):
     done = fit(make(name), batches(name), steps=40, out=tmp_path, optimizer=optimizer, log_every=1, quiet=True)
     losses = [line["loss"] for line in done.log]
     first, last = sum(losses[:8]) / 8, sum(losses[-8:]) / 8
-    assert last < first - 0.05 * abs(first)  # some are a negative cosine
-    assert last < done.log[-1].get("chance", math.inf)
+    chance = done.log[-1].get("chance")
+    start = first if chance is None else max(first, chance)  # MoCo's first queue is random, easier than any real one
+    assert last < start - 0.05 * abs(start)  # some are a negative cosine
+    assert chance is None or last < chance
 
 
 def test_stopped_and_started_again_it_ends_with_the_same_weights(name, tmp_path):
@@ -126,9 +128,11 @@ def test_its_towers_make_a_bundle(name, tmp_path):
     if not all(isinstance(tower, ImageEncoder) for tower in method.towers().values()):
         assert method.towers().keys() == set(method.needs)
         return
-    bundle = Bundle(method.towers())
+    bundle = Bundle(method.towers(), heads=method.heads())
     bundle.save(tmp_path / "bundle")
-    assert Bundle.load(tmp_path / "bundle").fingerprint == bundle.fingerprint
+    again = Bundle.load(tmp_path / "bundle", heads=True)
+    assert again.fingerprint == bundle.fingerprint
+    assert again.heads.keys() == method.heads().keys()
 
 
 def test_it_is_final_and_one_deep(name):

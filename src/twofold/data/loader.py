@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,9 @@ class Batches:
     Arrays and tensors come out as tensors of their own dtype (a tensor stays on its device), other sequences as lists.
     Of a list of lists, and of a `Choice`, each visit draws one entry, the same number in all such columns of as many
     candidates. With `group`, an epoch visits one random item of each group, so that two items of one group (variants of
-    one thing) never meet in a batch. Under several processes, each gets its slice of the global batch.
+    one thing) never meet in a batch. With `classes` (a label an item), items come in runs, `each` of a class; an epoch
+    visits every item, and some again to fill up a class's last run. Under several processes, each gets its slice of the
+    global batch.
     """
 
     def __init__(
@@ -64,17 +67,25 @@ class Batches:
         batch: int,
         seed: int,
         group: Sequence | None = None,
+        classes: Sequence | None = None,
+        each: int = 1,
     ):
         self.columns = {name: _prepared(name, column) for name, column in columns.items()}
-        lengths = {name: len(column) for name, column in self.columns.items()} | (
-            {"group": len(group)} if group is not None else {}
-        )
+        lengths = {name: len(column) for name, column in self.columns.items()} | {
+            name: len(column) for name, column in (("group", group), ("classes", classes)) if column is not None
+        }
         if len(set(lengths.values())) != 1:
             raise DataError(f"Columns must be of one length, one entry an item; they have {lengths or 'none'}.")
         items = next(iter(lengths.values()))
-        self.members = _members(np.arange(items) if group is None else group)
-        self.batch, self.seed = batch, seed
-        visits, what = len(self.members), "items" if group is None else "groups"
+        if group is not None and classes is not None:
+            raise UsageError("Batches go by group or by class, not by both; give one of them.")
+        if each < 1 or batch % each:
+            raise UsageError(f"batch={batch} is not made of runs of each={each}. Make batch a multiple of it.")
+        together = group if classes is None else classes
+        self.members = _members(np.arange(items) if together is None else together)
+        self.batch, self.seed, self.each = batch, seed, None if classes is None else each
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        visits, what = len(self._epoch(0)), "items" if group is None else "groups"
         if batch < max(1, runtime.world()[1]):
             raise UsageError(f"batch={batch}: each of the {runtime.world()[1]} processes needs an item at least.")
         if visits < batch:
@@ -82,7 +93,6 @@ class Batches:
                 f"A batch of {batch} needs as many {what}; there are {visits}. Lower batch to {visits} or less."
             )
         self.steps_per_epoch = visits // batch
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         """This process's rows of the batch of this step; steps go on over the epochs without end."""
@@ -101,10 +111,28 @@ class Batches:
         """The items of an epoch in their order; the last epoch asked for is kept."""
         if self._order[0] != epoch:
             draw = runtime.generator(self.seed, "order", epoch)
-            order = torch.randperm(len(self.members), generator=draw).numpy()
-            noise = torch.rand(len(self.members), generator=draw).numpy()
-            self._order = (epoch, np.asarray(self.members.rows)[self.members.drawn(order, noise)])
+            if self.each is None:
+                order = _permutation(len(self.members), draw)
+                noise = torch.rand(len(self.members), generator=draw).numpy()
+                items = np.asarray(self.members.rows)[self.members.drawn(order, noise)]
+            else:
+                items = _runs(self.members, self.each, draw)
+            self._order = (epoch, items)
         return self._order[1]
+
+
+def _runs(classes: Choice, each: int, draw: torch.Generator) -> np.ndarray:
+    """All items, `each` of one class at a time: the classes are shuffled and cut into runs, and the runs shuffled."""
+    runs = []
+    for start, stop in pairwise(classes.offsets.tolist()):
+        own = np.asarray(classes.rows)[start + _permutation(stop - start, draw)]
+        runs.append(np.resize(own, (-(-len(own) // each), each)))  # the last run is filled up from the first
+    every = np.concatenate(runs)
+    return every[_permutation(len(every), draw)].reshape(-1)
+
+
+def _permutation(n: int, draw: torch.Generator) -> np.ndarray:
+    return torch.randperm(n, generator=draw).numpy()
 
 
 def _members(group: Sequence | np.ndarray) -> Choice:

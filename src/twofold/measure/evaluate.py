@@ -2,7 +2,7 @@
 there are captions."""
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from twofold import runtime
 from twofold.data.cache import decoded
 from twofold.data.decode import OnError
 from twofold.data.sources import Source
-from twofold.errors import DataError
+from twofold.errors import DataError, UsageError
 from twofold.measure.embed import embed
 from twofold.measure.probes import Probe, knn_probe, linear_probe
 from twofold.measure.retrieval import Retrieval, retrieval
@@ -36,7 +36,7 @@ class Paired(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """`labels` by what was embedded ("trained", and the baselines); None where there are no labels or no texts."""
+    """`labels` by what was embedded ("trained", "head", the baselines); None where there are no labels or no texts."""
 
     labels: dict[str, Labels] | None
     paired: Paired | None
@@ -58,6 +58,7 @@ def evaluate(
     *,
     split: str = "test",
     limit: int | None = None,
+    at: Literal["encoder", "head"] = "encoder",
     baselines: bool = False,
     on_error: OnError = "skip",
     quiet: bool = False,
@@ -65,14 +66,23 @@ def evaluate(
     """Measure `bundle` on one split of `data` (on all of it where it names none, if no labels need a training split).
 
     Labelled pictures: a kNN and a linear probe are fitted on the split "train" (its first `limit` items) and tested on
-    `split`; `baselines` adds raw pixels and the same encoder untrained. Captioned pictures: recall both ways.
+    `split`; `at="head"` measures behind the training head as well, where the loss was taken (the bundle must have been
+    loaded with its heads); `baselines` adds raw pixels and the same encoder untrained. Captioned pictures: recall both
+    ways.
     """
+    if at == "head" and "image" not in bundle.heads:
+        raise UsageError(
+            "This bundle has no training head to measure behind: its method has none, an older twofold saved it, or it "
+            "was loaded without (Bundle.load(folder, heads=True))."
+        )
     labels = pairs = None
     if data.labels is not None and data.splits is not None and "image" in bundle.towers:
         train, tested = data.split("train"), data.split(split)
         parts = (train.take(range(min(limit or len(train), len(train)))), tested)
         tower = bundle.towers["image"]
         models: dict[str, Tower | ImageEncoder] = {"trained": tower}
+        if at == "head":
+            models["head"] = bundle.heads["image"]
         if baselines:
             models["untrained"] = _untrained(tower)
         labels = {

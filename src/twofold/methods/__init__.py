@@ -1,14 +1,51 @@
 """Every method by its name. To add one: a file here, a line below, a page in docs/methods."""
 
+from twofold.methods.barlow import BarlowTwins
 from twofold.methods.base import Method, Out
+from twofold.methods.byol import BYOL
 from twofold.methods.clip import CLIP
+from twofold.methods.dcl import DCL
+from twofold.methods.lejepa import LeJEPA
+from twofold.methods.moco import MoCo
+from twofold.methods.mocov3 import MoCoV3
 from twofold.methods.siglip import SigLIP
 from twofold.methods.simclr import SimCLR
+from twofold.methods.simsiam import SimSiam
+from twofold.methods.supcon import SupCon
+from twofold.methods.triplet import Triplet
+from twofold.methods.vicreg import VICReg
 
 METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR,
+    "dcl": DCL,
+    "supcon": SupCon,
+    "moco": MoCo,
+    "mocov3": MoCoV3,
+    "byol": BYOL,
+    "simsiam": SimSiam,
+    "barlow": BarlowTwins,
+    "vicreg": VICReg,
+    "lejepa": LeJEPA,
+    "triplet": Triplet,
     "clip": CLIP,
     "siglip": SigLIP,
 }
 
-__all__ = ["CLIP", "METHODS", "Method", "Out", "SigLIP", "SimCLR"]
+__all__ = [
+    "BYOL",
+    "CLIP",
+    "DCL",
+    "METHODS",
+    "BarlowTwins",
+    "LeJEPA",
+    "Method",
+    "MoCo",
+    "MoCoV3",
+    "Out",
+    "SigLIP",
+    "SimCLR",
+    "SimSiam",
+    "SupCon",
+    "Triplet",
+    "VICReg",
+]

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from twofold.errors import UsageError
+
 
 class Out(NamedTuple):
     """What one step of a method gives.
@@ -42,3 +44,9 @@ class Method(nn.Module, ABC):
 
     def after_step(self, progress: float) -> None:
         """Moving averages, clamps and the like, after the optimizer's step; `progress` runs from 0 to 1."""
+
+
+def check_positive(name: str, value: float) -> None:
+    """A UsageError when a method is built, rather than an error of its objective in the first step."""
+    if not value > 0:
+        raise UsageError(f"{name} must be greater than 0; got {value}.")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from twofold.methods.base import Method, Out
+from twofold.methods.base import Method, Out, check_positive
 from twofold.methods.pair import Pair, View
 from twofold.objectives import clip, clip_chance
 
@@ -30,6 +30,8 @@ class CLIP(Method):
         max_scale: float = 100.0,
     ):
         super().__init__()
+        check_positive("temperature", temperature)
+        check_positive("max_scale", max_scale)
         self.pair, self.needs = Pair(towers, views=views), tuple(towers)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.max_log_scale = math.log(max_scale)

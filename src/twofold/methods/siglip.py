@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from twofold.methods.base import Method, Out
+from twofold.methods.base import Method, Out, check_positive
 from twofold.methods.pair import Pair, View
 from twofold.objectives import siglip, siglip_chance
 
@@ -34,6 +34,7 @@ class SigLIP(Method):
         bias: float = -10.0,
     ):
         super().__init__()
+        check_positive("scale", scale)
         self.pair, self.needs = Pair(towers, views=views), tuple(towers)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.bias = nn.Parameter(torch.tensor(bias))

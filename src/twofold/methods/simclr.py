@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from twofold.methods.base import Method, Out
+from twofold.methods.base import Method, Out, check_positive
 from twofold.models.encoders import ImageEncoder
 from twofold.models.heads import Head
 from twofold.objectives import nt_xent, nt_xent_chance
@@ -30,6 +30,7 @@ class SimCLR(Method):
         temperature: float = 0.5,
     ):
         super().__init__()
+        check_positive("temperature", temperature)
         self.encoder, self.policies, self.temperature = encoder, policies, temperature
         self.head = head.build(encoder.dim)
 

@@ -2,6 +2,7 @@
 
     bundle.json           what each tower is, its fingerprint, and whatever is worth telling about it (`meta`)
     image.safetensors     the weights of a tower, one file a modality
+    image.head.safetensors  those of the head it was trained with; nothing but measuring behind it needs them
     text/                 tokenizer and configuration of a text tower
 
 Loading needs no network and runs no code from the folder. A fingerprint stands for all that decides an embedding; it is
@@ -71,9 +72,19 @@ class Tower(nn.Module):
 
 
 class Bundle:
-    """Towers by modality ("image", "text") into one space, and `meta`: what is worth telling about them, as JSON."""
+    """Towers by modality ("image", "text") into one space, and `meta`: what is worth telling about them, as JSON.
 
-    def __init__(self, towers: Mapping[str, Any], meta: Mapping[str, Any] | None = None):
+    `heads` are what a method put on the towers for training only. They are kept for measuring behind them, as towers of
+    their own that share their encoder, and have no part in embedding or in the fingerprint.
+    """
+
+    def __init__(
+        self,
+        towers: Mapping[str, Any],
+        meta: Mapping[str, Any] | None = None,
+        *,
+        heads: Mapping[str, nn.Module] = {},
+    ):
         self.towers = {
             name: tower if isinstance(tower, Tower) else Tower(tower) for name, tower in sorted(towers.items())
         }
@@ -85,6 +96,10 @@ class Bundle:
         if len(widths) != 1:
             raise UsageError(f"The towers of a bundle share one space; these have {sorted(widths)} dimensions.")
         self.dim: int = widths.pop()
+        for name in heads:
+            if name not in self.towers or not isinstance(self.towers[name].head, nn.Identity):
+                raise UsageError(f"A training head stands on a tower that has no head itself; {name!r} is none.")
+        self.heads = {name: Tower(self.towers[name].encoder, head) for name, head in sorted(heads.items())}
 
     @property
     def fingerprint(self) -> str:
@@ -147,28 +162,31 @@ class Bundle:
     def _write(self, folder: Path) -> None:
         described: dict[str, Any] = {}
         for name, tower in self.towers.items():
-            weights = {
-                key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for key, value in tower.state_dict().items()
-            }
-            write_atomically(folder / f"{name}.safetensors", partial(save_file, weights))
+            _write_weights(folder / f"{name}.safetensors", tower)
             for file, content in tower.files.items():
                 write_atomically(folder / name / file, partial(Path.write_bytes, data=content))
             described[name] = {**tower.spec, "dim": tower.dim, "fingerprint": tower.fingerprint()}
+        for name, tower in self.heads.items():
+            _write_weights(folder / f"{name}.head.safetensors", tower.head)
         record = {
             "format": FORMAT,
             "twofold": __version__,
             "fingerprint": _joint({name: about["fingerprint"] for name, about in described.items()}),
             "towers": described,
+            "heads": {
+                name: {"head": tower.spec["head"], "fingerprint": tower.fingerprint()}
+                for name, tower in self.heads.items()
+            },
             "meta": self.meta,
         }
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / "bundle.json", lambda path: path.write_text(text, "utf-8"))
 
     @classmethod
-    def load(cls, folder: Path | str, *, device: torch.device | str | None = None) -> "Bundle":
+    def load(cls, folder: Path | str, *, device: torch.device | str | None = None, heads: bool = False) -> "Bundle":
         """Read a bundle's folder, or that of a run with one in `bundle/`, onto the best device, ready to embed.
 
+        The training heads, which may be larger than their towers, stay on the disk unless `heads` asks for them.
         BundleError names the file that is missing, damaged, or not what was saved.
         """
         given = Path(folder)
@@ -183,12 +201,15 @@ class Bundle:
                 raise BundleError(f"{path} was written by twofold {record['twofold']}. Update twofold to read it.")
             towers = {name: _read_tower(found, name, about) for name, about in record["towers"].items()}
             bundle = cls(towers, record["meta"])
+            if heads:
+                kept = record.get("heads", {})
+                bundle.heads = {name: _read_head(found, name, towers[name], about) for name, about in kept.items()}
             prints = {name: about["fingerprint"] for name, about in record["towers"].items()}
             if _joint(prints) != record["fingerprint"]:
                 raise ValueError("its fingerprints do not agree")
         except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
             raise BundleError(f"{path} is damaged ({type(error).__name__}: {error}). Copy the bundle again.") from error
-        for tower in bundle.towers.values():
+        for tower in (*bundle.towers.values(), *bundle.heads.values()):
             tower.eval().requires_grad_(False).to(device or runtime.device())
         return bundle
 
@@ -203,18 +224,40 @@ def _read_tower(folder: Path, name: str, about: Mapping[str, Any]) -> Tower:
             raise UsageError(f"there is no kind of tower {name!r}")
         tower = Tower(encoder, heads.build(about["head"]))
     path = folder / f"{name}.safetensors"
-    try:
-        tower.load_state_dict(load_file(path))
-    except FileNotFoundError as error:
-        raise BundleError(f"{path} is missing. Copy the bundle again, all of its files.") from error
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise BundleError(f"{path} is damaged ({error}). Copy the bundle again.") from error
+    _read_weights(path, tower)
     if tower.fingerprint() != about["fingerprint"]:
         raise BundleError(
             f"{path}, or what belongs to it in {folder / name} and bundle.json, is not what was saved: its fingerprint "
             f"is {tower.fingerprint()} instead of {about['fingerprint']}. Copy the bundle again."
         )
     return tower
+
+
+def _read_head(folder: Path, name: str, tower: Tower, about: Mapping[str, Any]) -> Tower:
+    with torch.random.fork_rng(devices=[]):
+        headed = Tower(tower.encoder, heads.build(about["head"]))
+    path = folder / f"{name}.head.safetensors"
+    _read_weights(path, headed.head)
+    if headed.fingerprint() != about["fingerprint"]:
+        raise BundleError(f"{path}, or what bundle.json says of it, is not what was saved. Copy the bundle again.")
+    return headed
+
+
+def _write_weights(path: Path, module: nn.Module) -> None:
+    weights = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in module.state_dict().items()
+    }
+    write_atomically(path, partial(save_file, weights))
+
+
+def _read_weights(path: Path, module: nn.Module) -> None:
+    try:
+        module.load_state_dict(load_file(path))
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} is missing. Copy the bundle again, all of its files.") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise BundleError(f"{path} is damaged ({error}). Copy the bundle again.") from error
 
 
 def _inputs(encoder: nn.Module, items: Sequence[Any], device: torch.device) -> Any:

@@ -1,7 +1,12 @@
-"""Losses that ask which row belongs to which: NT-Xent, InfoNCE, CLIP and SigLIP.
+"""Losses that ask which row belongs to which: NT-Xent, DCL, SupCon, InfoNCE, CLIP and SigLIP.
 
 Each function L2-normalises its embeddings itself, compares them in float32 (float64 stays float64) even under
-autocast, and returns a scalar ≥ 0. None communicates: with several processes, pass the rows of all of them.
+autocast, and returns a scalar. None communicates: with several processes, pass the rows of all of them. None holds a
+table of all similarities: memory grows with the rows, not with their square (see `tiled`).
+
+All are written from two quantities of an anchor: the logit of its positive, a row-wise product, and the log-sum-exp of
+its rivals' logits. Cross-entropy, −ln of the positive's share among itself and its rivals, is −ln σ(positive − rivals).
+A temperature divides the cosines, a scale multiplies them; both may be tensors that learn.
 
 Beside each loss stands its chance level, the value at which the embeddings tell nothing: all of them in one point,
 or a temperature so high that all similarities look alike. A training loss that rests there has collapsed.
@@ -11,11 +16,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from twofold.objectives.tiled import log_sum_exp, log_sum_exp_both_ways, softplus_sum
 
-def nt_xent(z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"], *, temperature: float = 0.5) -> Float[Tensor, ""]:
+Number = float | Float[Tensor, ""]
+
+
+def nt_xent(z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"], *, temperature: Number = 0.5) -> Float[Tensor, ""]:
     """Normalises, then finds each view's partner among all other views of the batch (SimCLR, eq. 1).
 
     Both views are anchors: the mean of 2n cross-entropies, each among the 2n − 1 views that are not the anchor.
@@ -24,14 +33,7 @@ def nt_xent(z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"], *, temperature: 
     >>> nt_xent(eye, eye, temperature=1.0)  # ln(1 + 2/e): one candidate at similarity 1, two at 0
     tensor(0.5514)
     """
-    _check_pairs("nt_xent", z1, z2)
-    _check_positive("nt_xent", "temperature", temperature)
-    n = len(z1)
-    z = _unit(torch.cat((z1, z2)))
-    itself = torch.eye(2 * n, dtype=torch.bool, device=z.device)
-    logits = (_products(z, z) / temperature).masked_fill(itself, -math.inf)
-    partner = torch.arange(2 * n, device=z.device).roll(n)
-    return F.cross_entropy(logits, partner)
+    return -F.logsigmoid(-_decoupled("nt_xent", z1, z2, temperature)).mean()
 
 
 def nt_xent_chance(n: int) -> float:
@@ -39,12 +41,54 @@ def nt_xent_chance(n: int) -> float:
     return math.log(2 * n - 1)
 
 
+def dcl(z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"], *, temperature: Number = 0.1) -> Float[Tensor, ""]:
+    """`nt_xent` without the positive in the denominator (DCL, arXiv 2110.06848, eq. 6), which takes n ≥ 2.
+
+    The pull on a pair that agrees already does not fade, so smaller batches do. May be negative.
+    """
+    loss = _decoupled("dcl", z1, z2, temperature)
+    if len(z1) == 1:
+        raise ValueError("dcl pushes away from other pairs and got one alone; give it n ≥ 2.")
+    return loss.mean()
+
+
+def dcl_chance(n: int) -> float:
+    """`dcl` of n ≥ 2 pairs whose embeddings tell nothing: ln(2n − 2)."""
+    return math.log(2 * n - 2)
+
+
+def sup_con(z: Float[Tensor, "n d"], labels: Int64[Tensor, "n"], *, temperature: Number = 0.1) -> Float[Tensor, ""]:
+    """Normalises, then finds the rows of its label among all other rows (SupCon's L_out, arXiv 2004.11362, eq. 2).
+
+    An anchor's loss is the mean over its positives of their cross-entropies among the n − 1 other rows. Anchors
+    without a positive are left out of the mean; n counts all views, and views of one picture share its label.
+    """
+    if z.ndim != 2 or labels.shape != z.shape[:1]:
+        raise ValueError(f"sup_con takes [n, d] and a label for each row; got {tuple(z.shape)}, {tuple(labels.shape)}.")
+    _check_positive("sup_con", "temperature", temperature)
+    z = _unit(z) * (1 / temperature) ** 0.5
+    _, of = labels.unique(return_inverse=True)
+    positives = torch.bincount(of)[of] - 1
+    has = positives > 0
+    if not has.any():
+        raise ValueError(f"sup_con found no two rows of one label among {len(z)}: draw several of each, or two views.")
+    # The mean logit over the positives is the product with their mean: that of the label's rows without the anchor.
+    of_label = torch.zeros_like(z).index_add(0, of, z)[of]
+    logit = (z * (of_label - z)).sum(1) / positives.clamp(min=1)
+    return (log_sum_exp(z, bound=_bound(1 / temperature)) - logit)[has].mean()
+
+
+def sup_con_chance(n: int) -> float:
+    """`sup_con` of n ≥ 2 rows whose embeddings tell nothing, whatever their labels: ln(n − 1)."""
+    return math.log(n - 1)
+
+
 def info_nce(
     q: Float[Tensor, "n d"],
     k: Float[Tensor, "n d"],
     *,
     negatives: Float[Tensor, "m d"] | None = None,
-    temperature: float = 0.07,
+    temperature: Number = 0.07,
 ) -> Float[Tensor, ""]:
     """Normalises, then finds each query's key among negatives (CPC, eq. 4; MoCo, eq. 1).
 
@@ -54,19 +98,17 @@ def info_nce(
     """
     _check_pairs("info_nce", q, k)
     _check_positive("info_nce", "temperature", temperature)
-    q, k = _unit(q), _unit(k)
+    if negatives is not None and (negatives.ndim != 2 or negatives.shape[1] != q.shape[1]):
+        raise ValueError(
+            f"info_nce takes negatives [m, {q.shape[1]}], as wide as its queries {tuple(q.shape)}; "
+            f"got {tuple(negatives.shape)}."
+        )
+    q, k, bound = _unit(q) / temperature, _unit(k), _bound(1 / temperature)
     if negatives is None:
-        logits = _products(q, k)
-        answer = torch.arange(len(q), device=q.device)
+        rivals = log_sum_exp(q, k, bound=bound)
     else:
-        if negatives.ndim != 2 or negatives.shape[1] != q.shape[1]:
-            raise ValueError(
-                f"info_nce takes negatives [m, {q.shape[1]}], as wide as its queries {tuple(q.shape)}; "
-                f"got {tuple(negatives.shape)}."
-            )
-        logits = torch.cat(((q * k).sum(1, keepdim=True), _products(q, _unit(negatives))), dim=1)
-        answer = torch.zeros(len(q), dtype=torch.long, device=q.device)
-    return F.cross_entropy(logits / temperature, answer)
+        rivals = log_sum_exp(q, _unit(negatives), skip=(), bound=bound)
+    return _cross_entropy((q * k).sum(1), rivals)
 
 
 def info_nce_chance(candidates: int) -> float:
@@ -74,7 +116,7 @@ def info_nce_chance(candidates: int) -> float:
     return math.log(candidates)
 
 
-def clip(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], *, scale: float | Float[Tensor, ""]) -> Float[Tensor, ""]:
+def clip(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], *, scale: Number) -> Float[Tensor, ""]:
     """Normalises, then finds each a's b among all b and each b's a among all a (CLIP, figure 3).
 
     The mean of both cross-entropies. `scale` = exp(log-scale) multiplies the cosines; CLIP learns the log-scale
@@ -82,9 +124,10 @@ def clip(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], *, scale: float | Flo
     """
     _check_pairs("clip", a, b)
     _check_positive("clip", "scale", scale)
-    logits = scale * _products(_unit(a), _unit(b))
-    answer = torch.arange(len(a), device=a.device)
-    return (F.cross_entropy(logits, answer) + F.cross_entropy(logits.T, answer)) / 2
+    a, b = _unit(a) * scale, _unit(b)
+    positive = (a * b).sum(1)
+    among_b, among_a = log_sum_exp_both_ways(a, b, bound=_bound(scale))
+    return (_cross_entropy(positive, among_b) + _cross_entropy(positive, among_a)) / 2
 
 
 def clip_chance(n: int) -> float:
@@ -92,13 +135,7 @@ def clip_chance(n: int) -> float:
     return math.log(n)
 
 
-def siglip(
-    a: Float[Tensor, "n d"],
-    b: Float[Tensor, "n d"],
-    *,
-    scale: float | Float[Tensor, ""],
-    bias: float | Float[Tensor, ""],
-) -> Float[Tensor, ""]:
+def siglip(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], *, scale: Number, bias: Number) -> Float[Tensor, ""]:
     """Normalises, then asks of each of the n² pairs whether it belongs together (SigLIP, algorithm 1).
 
     The sum over all pairs divided by n, not by n². SigLIP learns the log of `scale` from ln 10 and `bias` from
@@ -106,9 +143,12 @@ def siglip(
     """
     _check_pairs("siglip", a, b)
     _check_positive("siglip", "scale", scale)
-    logits = scale * _products(_unit(a), _unit(b)) + bias
-    sign = 2 * torch.eye(len(a), dtype=logits.dtype, device=a.device) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(a)
+    a, b = _unit(a) * scale, _unit(b)
+    together = (a * b).sum(1) + bias
+    apart = softplus_sum(
+        a, b, bias=torch.as_tensor(bias, dtype=a.dtype, device=a.device), bound=_bound(scale) + _bound(bias)
+    )
+    return (apart - F.logsigmoid(together).sum()) / len(a)
 
 
 def siglip_chance(n: int) -> float:
@@ -121,15 +161,33 @@ def siglip_chance(n: int) -> float:
     return math.log(n) + (n - 1) * math.log(n / (n - 1)) if n > 1 else 0.0
 
 
+def _decoupled(name: str, z1: Tensor, z2: Tensor, temperature: Number) -> Float[Tensor, "2n"]:
+    """For each of the 2n views, the log-sum-exp of all that are neither itself nor its partner, less its partner."""
+    _check_pairs(name, z1, z2)
+    _check_positive(name, "temperature", temperature)
+    n = len(z1)
+    z = _unit(torch.cat((z1, z2))) * (1 / temperature) ** 0.5
+    partners = (z[:n] * z[n:]).sum(1)
+    return log_sum_exp(z, skip=(0, n, -n), bound=_bound(1 / temperature)) - torch.cat((partners, partners))
+
+
+def _cross_entropy(positive: Float[Tensor, "n"], rivals: Float[Tensor, "n"]) -> Float[Tensor, ""]:
+    """−ln of the positive's share among itself and its rivals, whose log-sum-exp is given."""
+    return -F.logsigmoid(positive - rivals).mean()
+
+
 def _unit(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Rows of length 1, in float32 at least."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 
-def _products(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
-    # Autocast would multiply in bfloat16, whose steps below 1 are 0.004: at temperature 0.005 most of a logit.
-    with torch.autocast(a.device.type, enabled=False):
-        return a @ b.T
+def _bound(number: Number) -> float:
+    """|number|, or ∞ for one that lies on a GPU, where looking would stall it."""
+    return (
+        math.inf
+        if isinstance(number, Tensor) and number.device.type != "cpu"
+        else abs(float(number.detach() if isinstance(number, Tensor) else number))
+    )
 
 
 def _check_pairs(name: str, a: Tensor, b: Tensor) -> None:
@@ -140,7 +198,7 @@ def _check_pairs(name: str, a: Tensor, b: Tensor) -> None:
         )
 
 
-def _check_positive(name: str, what: str, value: float | Tensor) -> None:
+def _check_positive(name: str, what: str, value: Number) -> None:
     # A learned scale is exp(·), positive as it is; looking at it would stall a GPU.
     if not isinstance(value, Tensor) and not value > 0:
         raise ValueError(f"{name} needs {what} > 0; got {value}.")

@@ -5,6 +5,7 @@ executes nothing.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +21,19 @@ from twofold.errors import TrainingError
 class Checkpoint(NamedTuple):
     step: int  # steps done
     tensors: dict[str, Tensor]
+    scaler: dict[str, Any]  # of float16's gradients; empty in other precisions
 
 
-def save(path: Path, method: nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -> None:
-    """The state of `method` and `optimizer` after `step` steps."""
+def save(
+    path: Path, method: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, scaler: Mapping[str, Any] = {}
+) -> None:
+    """The state of `method`, `optimizer` and gradient scaler (numbers) after `step` steps."""
     tensors = {f"method.{name}": value for name, value in method.state_dict().items()}
     for name, state in _optimizer_state(method, optimizer).items():
         tensors |= {f"optimizer.{name}/{key}": value for key, value in state.items()}
     own = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(own, temporary, {"step": json.dumps(step)}))
+    metadata = {"step": json.dumps(step), "scaler": json.dumps(dict(scaler))}
+    write_atomically(path, lambda temporary: save_file(own, temporary, metadata))
 
 
 def load(path: Path) -> Checkpoint:
@@ -36,7 +41,8 @@ def load(path: Path) -> Checkpoint:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            return Checkpoint(json.loads(metadata["step"]), {name: file.get_tensor(name) for name in list(file.keys())})
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+            return Checkpoint(json.loads(metadata["step"]), tensors, json.loads(metadata.get("scaler", "{}")))
     except (SafetensorError, KeyError, ValueError) as error:
         raise TrainingError(
             f"{path} is not a readable checkpoint ({error}). Remove it to start this run again."

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,12 +23,15 @@ from twofold.data.atomic import write_atomically
 from twofold.errors import TrainingError
 from twofold.measure.collapse import effective_rank
 from twofold.methods.base import Method, Out
-from twofold.progress import Line
+from twofold.models.norm import synchronised
+from twofold.progress import TERMINAL, Line
 from twofold.train import checkpoint as checkpoints
+from twofold.train.cached import chunked
 from twofold.train.log import Log, read_log
-from twofold.train.optim import Optimizer, warmup_cosine
+from twofold.train.optim import Optimizer
+from twofold.train.profile import Profile, Profiler
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, PROFILE = "checkpoint.safetensors", "profile.json"
 RANK_ROWS = 512  # the rank of so many rows is logged; it is what a singular value decomposition costs little for
 
 
@@ -41,12 +44,13 @@ class StepBatches(Protocol):
 
 
 class Run(NamedTuple):
-    """What `fit` leaves: the folder, the steps done, the log's lines and the seconds that this call took."""
+    """What `fit` leaves: the folder, the steps done, the log's lines, the seconds that this call took, its profile."""
 
     out: Path
     steps: int
     log: list[dict[str, Any]]
     seconds: float
+    profile: Profile | None = None
 
 
 def fit(
@@ -57,22 +61,26 @@ def fit(
     out: Path | str,
     optimizer: Optimizer = Optimizer(),  # noqa: B008 — frozen
     seed: int = 0,
+    chunk: int | None = None,
     save_every: int = 100,
     log_every: int = 10,
     probes: Mapping[str, Callable[[Method], float]] = {},
     record: Mapping[str, Any] = {},
     fabric: Fabric | None = None,
+    profile: bool = False,
     quiet: bool = False,
 ) -> Run:
     """Train `method` for `steps` steps into the folder `out`, going on from the checkpoint that lies there.
 
     `out` receives run.json (what was asked for), log.jsonl and checkpoint.safetensors; the method is trained in place.
+    `chunk` runs the encoders over so many rows at a time, for batches that memory does not hold: `train.cached`.
     `probes` are evaluated where a checkpoint is written; `record` is what else run.json shall hold (JSON values), and
-    what a resumed run must agree with. Several processes: pass a launched `fabric`. Ctrl-C and
-    SIGTERM finish the step, write a checkpoint and then interrupt.
+    what a resumed run must agree with. Several processes: pass a launched `fabric`; BatchNorm then sees the batch of
+    all of them, unless the method says otherwise. `profile` tells where the time of the first steps goes, and writes it
+    to profile.json. Ctrl-C and SIGTERM finish the step, write a checkpoint and then interrupt.
 
-    Raises TrainingError where the loss is not finite (the last good checkpoint stays) and where `out` holds a run that
-    was asked for differently.
+    Raises TrainingError where the loss is not finite (the last good checkpoint stays), where a batch has too few rows
+    to normalise by, and where `out` holds a run that was asked for differently.
     """
     out, started = Path(out), time.monotonic()
     fabric = fabric or Fabric(accelerator=runtime.device().type, devices=1)
@@ -87,10 +95,10 @@ def fit(
         "steps": steps,
         "batch": batches.batch,
         "seed": seed,
+        "chunk": chunk,
         "optimizer": asdict(optimizer),
     }
-    if fabric.is_global_zero:
-        _agree(out / "run.json", asked)
+    _agree(out / "run.json", asked, write=fabric.is_global_zero)
     method.to(memory_format=torch.channels_last)  # convolutions take a half to a third of the time
     raw = optimizer.build(method)
     model, stepper = fabric.setup(method, raw)
@@ -98,22 +106,25 @@ def fit(
     if (out / CHECKPOINT).exists():
         saved = checkpoints.load(out / CHECKPOINT)
         checkpoints.restore(saved, method, raw)
+        if saved.scaler:
+            fabric.strategy.precision.load_state_dict(saved.scaler)
         first = saved.step
     fabric.barrier()
 
-    peak = [group["lr"] for group in raw.param_groups]
     log = Log(out / "log.jsonl", step=first) if fabric.is_global_zero else None
     pending: list[torch.Tensor] = []  # losses since the last look at them: reading one waits for the device
     line = Line(
         type(method).__name__.lower(),
-        unit="images" if tuple(method.needs) == ("image",) else "pairs",
+        unit="images" if set(method.needs) <= {"image", "label"} else "pairs",
         done=first,
         quiet=quiet or log is None,
     )
+    profiler = Profiler(method) if profile and log is not None else None
 
     def flush(done: int, result: Out, rate: float) -> None:
         """Look at the losses since the last flush; log the last one."""
-        losses = torch.stack(pending).tolist()
+        # What is not finite in one process is so in the sum: all of them stop here, and none waits for one that did.
+        losses = fabric.all_reduce(torch.stack(pending)).tolist()  # type: ignore[union-attr]
         pending.clear()
         for step, loss in enumerate(losses, start=done - len(losses) + 1):
             if not math.isfinite(loss):
@@ -136,42 +147,75 @@ def fit(
         asked = torch.tensor(float(interrupted()))
         return done % log_every == 0 and bool(fabric.all_reduce(asked, reduce_op="sum"))
 
+    def report(found: Profile) -> None:
+        write_atomically(out / PROFILE, lambda path: path.write_text(json.dumps(found.json(), indent=1) + "\n"))
+        if not quiet:
+            TERMINAL.print(str(found), highlight=False, soft_wrap=True)
+
     last_saved = first
     method.train()
-    with line, _interruptible() as interrupted, torch.random.fork_rng(enabled=True):
+    with ExitStack() as around:
+        if chunk is not None:
+            around.enter_context(chunked(method, chunk))
+        if fabric.world_size > 1 and method.sync_batchnorm:
+            around.enter_context(synchronised(method))
+        around.enter_context(line)
+        interrupted = around.enter_context(_interruptible())
+        around.enter_context(torch.random.fork_rng(enabled=True))
         for step in range(first, steps):
-            torch.manual_seed(runtime.seed_of(seed, "step", step, runtime.world()[0]))
-            rate = warmup_cosine(step, steps=steps, warmup=optimizer.warmup)
-            for group, top in zip(raw.param_groups, peak, strict=True):
-                group["lr"] = top * rate
-            batch = fabric.to_device(batches[step])
-            result: Out = model(batch, runtime.generator(seed, "views", step))
-            fabric.backward(result.loss)
-            if optimizer.clip:
-                fabric.clip_gradients(model, stepper, max_norm=optimizer.clip)
-            stepper.step()
-            stepper.zero_grad()
-            method.after_step((step + 1) / steps)
+            with profiler.step() if profiler else nullcontext():
+                torch.manual_seed(runtime.seed_of(seed, "step", step, runtime.world()[0]))
+                rate = optimizer.schedule(raw, step, steps=steps)
+                with runtime.part("load"):
+                    batch = fabric.to_device(batches[step])
+                with runtime.part("loss"), _enough_rows(method):
+                    result: Out = model(batch, runtime.generator(seed, "views", step))
+                with runtime.part("backward"):
+                    fabric.backward(result.loss)
+                with runtime.part("optimise"):
+                    if optimizer.clip:
+                        fabric.clip_gradients(model, stepper, max_norm=optimizer.clip)
+                    stepper.step()
+                    stepper.zero_grad()
+                    method.after_step((step + 1) / steps)
 
-            done = step + 1
-            pending.append(result.loss.detach().float())
-            stop = stopping(done)
-            save = stop or done % save_every == 0
-            if save or done % log_every == 0:
-                flush(done, result, peak[0] * rate)
-            if save and fabric.is_global_zero:
-                checkpoints.save(out / CHECKPOINT, method, raw, step=done)
-                last_saved = done
-                if probes and log is not None:
-                    log.write({"step": done, **_probed(method, probes)})
+                done = step + 1
+                pending.append(result.loss.detach().float())
+                stop = stopping(done)
+                save = stop or done % save_every == 0
+                if save or done % log_every == 0:
+                    flush(done, result, rate)
+                if save:
+                    last_saved = done
+                if save and log is not None:
+                    scaler = fabric.strategy.precision.state_dict()
+                    checkpoints.save(out / CHECKPOINT, method, raw, step=done, scaler=scaler)
+                    if probes:
+                        log.write({"step": done, **_probed(method, probes)})
+            if profiler and profiler.profile and (stop or profiler.complete):
+                report(profiler.profile)
             if stop and done < steps:
                 raise KeyboardInterrupt(f"stopped after step {done}; the same command goes on from there")
     fabric.barrier()
     method.eval()
-    return Run(out, steps, read_log(out / "log.jsonl"), time.monotonic() - started)
+    found = profiler.profile if profiler else None
+    return Run(out, steps, read_log(out / "log.jsonl"), time.monotonic() - started, found)
 
 
-def _agree(path: Path, record: dict[str, Any]) -> None:
+@contextmanager
+def _enough_rows(method: Method) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # torch's words
+            raise
+        raise TrainingError(
+            f"{type(method).__name__} has a BatchNorm, which needs two rows to normalise by, and got one. "
+            "Take a larger batch (--batch), or a larger chunk where one is set (--chunk)."
+        ) from error
+
+
+def _agree(path: Path, record: dict[str, Any], *, write: bool) -> None:
     """Write what was asked for; where something else was asked for before, refuse and say what differs."""
     if path.exists():
         before = json.loads(path.read_text())
@@ -182,7 +226,8 @@ def _agree(path: Path, record: dict[str, Any]) -> None:
             raise TrainingError(
                 f"{path.parent} holds another run: {'; '.join(differs)}. Give another --out, or remove that folder."
             )
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1) + "\n"))
+    if write:
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1) + "\n"))
 
 
 def _probed(method: Method, probes: Mapping[str, Callable[[Method], float]]) -> dict[str, float]:

@@ -18,7 +18,12 @@ def warmup_cosine(step: int, *, steps: int, warmup: int = 0) -> float:
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    return cosine(1, 0, progress=(step - warmup) / max(steps - warmup, 1))
+
+
+def cosine(first: float, last: float, *, progress: float) -> float:
+    """From `first` at progress 0 to `last` at 1, along half a cosine."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class LARS(torch.optim.Optimizer):
@@ -75,6 +80,7 @@ class Optimizer:
     name: Literal["adamw", "lars", "sgd"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 1e-4
+    final_weight_decay: float | None = None  # where half a cosine leads it by the last step; None keeps it
     momentum: float = 0.9  # AdamW's first beta
     warmup: int = 0  # steps
     clip: float = 0.0  # largest gradient norm; 0 clips nothing
@@ -84,13 +90,16 @@ class Optimizer:
             raise UsageError(f"There is no optimizer {self.name!r}. Known: adamw, lars, sgd.")
         if not self.lr > 0:
             raise UsageError(f"The learning rate must be above 0; got {self.lr}.")
+        for name in ("weight_decay", "final_weight_decay", "warmup", "clip"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise UsageError(f"{name} must not be negative; got {getattr(self, name)}.")
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
         """The optimiser of everything in `module` that learns; axes < 2 (biases, norms, temperatures) never decay."""
         learning = [p for p in module.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in learning if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in learning if p.ndim >= 2], "weight_decay": self.weight_decay, "decays": True},
+            {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0, "decays": False},
         ]
         if self.name == "lars":
             groups[1]["adapt"] = False
@@ -98,3 +107,13 @@ class Optimizer:
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.momentum, 0.999))
+
+    def schedule(self, optimizer: torch.optim.Optimizer, step: int, *, steps: int) -> float:
+        """Set what `build` made to the learning rate and weight decay of `step`; returns the rate."""
+        rate = self.lr * warmup_cosine(step, steps=steps, warmup=self.warmup)
+        final = self.weight_decay if self.final_weight_decay is None else self.final_weight_decay
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+            if group["decays"]:
+                group["weight_decay"] = cosine(self.weight_decay, final, progress=step / steps)
+        return rate

@@ -1,19 +1,22 @@
 """From data on disk to a trained bundle: what `twofold train` does."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from lightning_fabric.plugins.precision import MixedPrecision
+from torch import Tensor, nn
 
 from twofold import runtime
 from twofold.data.cache import decoded
-from twofold.data.loader import Batches
 from twofold.data.sources import Source
-from twofold.errors import DataError, unknown
+from twofold.errors import DataError, UsageError, unknown
 from twofold.methods import METHODS, Method
 from twofold.methods.pair import View
 from twofold.models.bundle import Bundle, Tower
@@ -34,8 +37,9 @@ class Setting:
     channels: int = 3
     text: str = "minilm"  # the text encoder, for pairs
     space: int = 512  # the width of the common space, for pairs
-    policy: str = "simclr"
+    policy: str | None = None  # the views; the method's own where None
     batch: int = 256  # over all processes
+    per_class: int = 0  # this many items of a class come together in a batch; 0: as it happens
     epochs: int = 100
     limit: int | None = None  # use the first so many items
     seed: int = 0
@@ -43,6 +47,9 @@ class Setting:
     on_error: Literal["skip", "raise"] = "skip"
     devices: int = 1  # processes on this machine
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    chunk: int | None = None  # rows an encoder sees at a time: a batch that memory does not hold, at a third more time
+    compile: bool = False  # let torch compile the encoders, in a minute or so; on a CPU only transformers gain
+    profile: bool = False  # tell where the time of the first steps goes, in profile.json too
 
 
 def train(
@@ -55,26 +62,17 @@ def train(
     options: Mapping[str, Any] = {},
     quiet: bool = False,
 ) -> Run:
-    """Train the method `name` on the pictures (and texts) of `data` and leave a bundle in `out`/bundle.
+    """Train the method `name` on the pictures (and texts or labels) of `data` and leave a bundle in `out`/bundle.
 
-    Where the data name splits, only "train" is used. `options` are the method's own parameters. The same call goes on
-    where an earlier one was stopped.
+    Where the data name splits, only "train" is used; items without the text or label that a method needs are left out.
+    `options` are the method's own parameters. The same call goes on where an earlier one was stopped.
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
-    if setting.policy not in PRESETS:
+    if setting.policy is not None and setting.policy not in PRESETS:
         raise unknown("policy", setting.policy, PRESETS)
-    accelerator = runtime.device().type
-    fabric = Fabric(accelerator=accelerator, devices=setting.devices, precision=setting.precision)
+    fabric = _fabric(setting)
     fabric.launch()
-
-    source = data.split("train") if data.splits is not None else data
-    needs = METHODS[name].needs
-    if "text" in needs:
-        if source.texts is None:
-            raise DataError(f"{name} needs texts; {data.name} has none. Point it at a manifest with captions.")
-        source = source.take([item for item, texts in enumerate(source.texts) if texts])
-    source = source.take(range(min(setting.limit or len(source), len(source))))
 
     with torch.random.fork_rng():
         torch.manual_seed(runtime.seed_of(setting.seed, "weights"))
@@ -82,6 +80,9 @@ def train(
             setting.encoder, size=setting.size, channels=setting.channels, small_stem=setting.small_stem
         )
         method = _method(name, picture, setting, options)
+    if setting.per_class and "label" not in method.needs:
+        raise UsageError(f"per_class={setting.per_class} is for methods that learn from labels; {name} does not here.")
+    source = _usable(name, method.needs, data.split("train") if data.splits is not None else data, setting.limit)
     size = picture.size
     stored = size if size <= 64 else size * 8 // 7  # crops of large pictures keep some detail to choose from
     with Line("decode", unit="images", quiet=quiet or not fabric.is_global_zero) as line:
@@ -92,32 +93,92 @@ def train(
             on_error=setting.on_error,
             progress=line.update,
         )
-    columns: dict[str, Any] = {"image": pixels}
-    if "text" in needs:
+    columns: dict[str, Any] = {"image": _resident(pixels, fabric.device)}
+    if "text" in method.needs:
         columns["text"] = source.take(kept).texts
-    batches = Batches(columns, batch=setting.batch, seed=setting.seed)
-    run = fit(
-        method,
-        batches,
-        steps=setting.epochs * batches.steps_per_epoch,
-        out=out,
-        optimizer=optimizer,
-        seed=setting.seed,
-        save_every=setting.save_every,
-        record={"data": data.name, "items": len(kept), **_identity(setting), "options": _plain(options)},
-        fabric=fabric,
-        quiet=quiet,
-    )
-    if fabric.is_global_zero:
-        Bundle(method.towers(), meta={"method": name, "data": data.name, "skipped": len(skipped)}).save(
-            Path(out) / "bundle"
+    if "label" in method.needs:
+        columns["label"] = source.take(kept).labels
+    with _compiled(method) if setting.compile else nullcontext():
+        run = fit(
+            method,
+            batches,
+            steps=setting.epochs * batches.steps_per_epoch,
+            out=out,
+            optimizer=optimizer,
+            seed=setting.seed,
+            chunk=setting.chunk,
+            save_every=setting.save_every,
+            record={"data": data.name, "items": len(kept), **_identity(setting), "options": _plain(options)},
+            fabric=fabric,
+            profile=setting.profile,
+            quiet=quiet,
         )
+    if fabric.is_global_zero:
+        meta = {"method": name, "data": data.name, "skipped": len(skipped)}
+        Bundle(method.towers(), meta, heads=method.heads()).save(Path(out) / "bundle")
     return run
+
+
+def _usable(name: str, needs: Sequence[str], source: Source, limit: int | None) -> Source:
+    """The items, `limit` at most, that have what a method needs."""
+    if "text" in needs:
+        if source.texts is None:
+            raise DataError(f"{name} needs texts; {source.name} has none. Point it at a manifest with captions.")
+        source = source.take([item for item, texts in enumerate(source.texts) if texts])
+    if "label" in needs:
+        if source.labels is None or (source.labels < 0).all():
+            raise DataError(
+                f"{name} learns from labels; {source.name} has none. Point it at a folder with one subfolder a class, "
+                "or a manifest with a `label` column. Without labels there are simclr, and triplet with --no-labels."
+            )
+        source = source.take(np.flatnonzero(source.labels >= 0))
+    source = source.take(range(min(limit or len(source), len(source))))
+    if "label" in needs and len(set(source.labels if source.labels is not None else ())) < 2:
+        raise DataError(
+            f"{name} learns to tell classes apart; the {len(source)} labelled items that it was given of {source.name} "
+            "are all of one."
+        )
+    return source
+
+
+class _Autocast(MixedPrecision):
+    """Mixed precision of what is computed. Fabric's would round the batch as well: float pictures to eight bits."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def _fabric(setting: Setting) -> Fabric:
+    kind = runtime.device().type
+    mixed: list[Any] = [] if setting.precision == "32-true" else [_Autocast(setting.precision, kind)]
+    return Fabric(accelerator=kind, devices=setting.devices, plugins=mixed)
+
+
+def _resident(pixels: np.ndarray, device: torch.device) -> np.ndarray | Tensor:
+    """The pictures on the GPU, where they fit into half of its free memory: a batch then costs no copy."""
+    if device.type != "cuda" or pixels.dtype != np.uint8 or pixels.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return pixels
+    return torch.tensor(pixels, device=device)
+
+
+@contextmanager
+def _compiled(method: Method) -> Iterator[None]:
+    """Inside, the networks of the method's encoders are compiled; afterwards they are what they were."""
+    networks = [part for part in method.modules() if isinstance(part, ImageEncoder | TextEncoder)]
+    for network in networks:
+        # By itself torch compiles for one shape, then for all once it meets a second: resumed, it would meet others.
+        network.body.compile(dynamic=isinstance(network, TextEncoder))
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.body._compiled_call_impl = None
 
 
 def _identity(setting: Setting) -> dict[str, Any]:
     """What of a setting decides the weights; how many processes and how often a checkpoint is written does not."""
-    return {k: v for k, v in asdict(setting).items() if k not in ("devices", "save_every", "batch", "seed", "on_error")}
+    aside = ("devices", "save_every", "on_error", "profile", "batch", "seed", "chunk")  # the last three: see `fit`
+    return {name: value for name, value in asdict(setting).items() if name not in aside}
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,9 +186,14 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _method(name: str, picture: ImageEncoder, setting: Setting, options: Mapping[str, Any]) -> Method:
-    """The method around its encoders."""
-    policies = tuple(replace(policy, size=picture.size) for policy in PRESETS[setting.policy])
-    if "text" not in METHODS[name].needs:
+    """The method around its encoders, with the policy asked for, else its own; SimCLR's for pairs."""
+    of_pictures = "text" not in METHODS[name].needs
+    if setting.policy is not None:
+        chosen = PRESETS[setting.policy]
+    else:
+        chosen = inspect.signature(METHODS[name]).parameters["policies"].default if of_pictures else PRESETS["simclr"]
+    policies = tuple(replace(policy, size=picture.size) for policy in chosen)
+    if of_pictures:
         return METHODS[name](picture, policies=policies, **options)
     text = text_encoder(setting.text)
     towers = {
@@ -140,6 +206,7 @@ def _method(name: str, picture: ImageEncoder, setting: Setting, options: Mapping
 def _tokens(encoder: TextEncoder) -> View:
     def view(texts: list[str], draw: torch.Generator) -> dict[str, torch.Tensor]:
         device = next(encoder.parameters()).device
-        return {name: ids.to(device) for name, ids in encoder.tokenize(texts).items()}
+        with runtime.part("views"):
+            return {name: ids.to(device) for name, ids in encoder.tokenize(texts).items()}
 
     return view

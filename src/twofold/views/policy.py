@@ -87,7 +87,8 @@ class Policy:
         The same state of `draw` gives the same views; with several processes, each passes its rows of the batch.
         """
         b, _, h, w = _shape(images)
-        return self.render(images, self.parameters(b, h, w, draw))
+        with runtime.part("views"):
+            return self.render(images, self.parameters(b, h, w, draw))
 
     def parameters(self, count: int, height: int, width: int, draw: torch.Generator) -> Parameters:
         """What is random about `count` views of pictures of height × width."""

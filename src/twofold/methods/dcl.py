@@ -1,0 +1,46 @@
+"""DCL — Decoupled Contrastive Learning (arXiv 2110.06848, section 3, eq. 6).
+
+SimCLR whose positive does not stand among the candidates: a pair that is found already no longer weakens the push away
+from the others. In SimCLR it does, and the more so the smaller the batch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from twofold.methods.base import Method, Out, check_positive
+from twofold.models.encoders import ImageEncoder
+from twofold.models.heads import Head
+from twofold.objectives import dcl, dcl_chance
+from twofold.runtime import gather
+from twofold.views import SIMCLR, Policy
+
+
+class DCL(Method):
+    """`encoder` maps floats [b, c, h, w] in 0..1 to features [b, encoder.dim]."""
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        *,
+        policies: tuple[Policy, Policy] = (SIMCLR, SIMCLR),
+        head: Head = Head(2, 2048, 128),  # noqa: B008 — frozen
+        temperature: float = 0.1,
+    ):
+        super().__init__()
+        check_positive("temperature", temperature)
+        self.encoder, self.policies, self.temperature = encoder, policies, temperature
+        self.head = head.build(encoder.dim)
+
+    def forward(self, batch: Mapping[str, Any], draw: torch.Generator) -> Out:
+        h = self.encoder(torch.cat([policy(batch["image"], draw) for policy in self.policies]))
+        z1, z2 = (gather(z) for z in self.head(h).chunk(2))
+        return Out(dcl(z1, z2, temperature=self.temperature), z=h, chance=dcl_chance(len(z1)))
+
+    def towers(self) -> dict[str, nn.Module]:
+        return {"image": self.encoder}
+
+    def heads(self) -> dict[str, nn.Module]:
+        return {"image": self.head}
