@@ -7,11 +7,18 @@ __version__ = "0.1.0"
 
 # The public names and where they live; each is imported when it is first used, so that `import twofold` costs nothing.
 _PUBLIC = {
+    "BYOL": "methods",
+    "BarlowTwins": "methods",
     "Batches": "data.loader",
     "Bundle": "models.bundle",
     "CLIP": "methods",
+    "DCL": "methods",
+    "Head": "models.heads",
     "Index": "retrieve.index",
+    "LeJEPA": "methods",
     "METHODS": "methods",
+    "MoCo": "methods",
+    "MoCoV3": "methods",
     "Optimizer": "train.optim",
     "PRESETS": "views",
     "Policy": "views",
@@ -19,7 +26,11 @@ _PUBLIC = {
     "Retriever": "retrieve.retriever",
     "SigLIP": "methods",
     "SimCLR": "methods",
+    "SimSiam": "methods",
     "Source": "data.sources",
+    "SupCon": "methods",
+    "Triplet": "methods",
+    "VICReg": "methods",
     "align": "train.align",
     "decoded": "data.cache",
     "embed": "measure.embed",
@@ -31,19 +42,30 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "BYOL",
     "CLIP",
+    "DCL",
     "METHODS",
     "PRESETS",
+    "BarlowTwins",
     "Batches",
     "Bundle",
+    "Head",
     "Index",
+    "LeJEPA",
+    "MoCo",
+    "MoCoV3",
     "Optimizer",
     "Policy",
     "Recipe",
     "Retriever",
     "SigLIP",
     "SimCLR",
+    "SimSiam",
     "Source",
+    "SupCon",
+    "Triplet",
+    "VICReg",
     "align",
     "decoded",
     "embed",
@@ -60,9 +82,25 @@ if TYPE_CHECKING:
     from twofold.data.sources import Source, open_source
     from twofold.measure.embed import embed
     from twofold.measure.evaluate import evaluate
-    from twofold.methods import CLIP, METHODS, SigLIP, SimCLR
+    from twofold.methods import (
+        BYOL,
+        CLIP,
+        DCL,
+        METHODS,
+        BarlowTwins,
+        LeJEPA,
+        MoCo,
+        MoCoV3,
+        SigLIP,
+        SimCLR,
+        SimSiam,
+        SupCon,
+        Triplet,
+        VICReg,
+    )
     from twofold.models.bundle import Bundle
     from twofold.models.encoders import image_encoder, text_encoder
+    from twofold.models.heads import Head
     from twofold.retrieve.index import Index
     from twofold.retrieve.retriever import Retriever
     from twofold.train.align import Recipe, align

@@ -98,6 +98,8 @@ def train(
         columns["text"] = source.take(kept).texts
     if "label" in method.needs:
         columns["label"] = source.take(kept).labels
+    by_class = {"classes": columns["label"], "each": setting.per_class} if setting.per_class else {}
+    batches = Batches(columns, batch=setting.batch, seed=setting.seed, **by_class)
     with _compiled(method) if setting.compile else nullcontext():
         run = fit(
             method,
