@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from twofold import runtime
 from twofold.data.cache import decoded
+from twofold.data.loader import Batches
 from twofold.data.sources import Source
 from twofold.errors import DataError, UsageError, unknown
 from twofold.methods import METHODS, Method
