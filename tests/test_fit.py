@@ -22,7 +22,7 @@ from twofold.data.loader import Batches
 from twofold.errors import TrainingError
 from twofold.methods import CLIP, METHODS, Out, SigLIP, SimCLR
 from twofold.methods.base import Method
-from twofold.models.encoders import ImageEncoder, image_encoder
+from twofold.models.encoders import ImageEncoder
 from twofold.models.heads import Head
 from twofold.train.checkpoint import load, save
 from twofold.train.loop import CHECKPOINT, fit
@@ -57,15 +57,22 @@ def assert_same_run(one: Path, two: Path) -> None:
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 
-def train_simclr(out: Path) -> None:
-    """With BatchNorm, dropout and random views to get wrong."""
+def train_simclr(out: Path, nap: float = 0.0) -> None:
+    """With BatchNorm, dropout and random views to get wrong; `nap` leaves time for signals to come in mid-run."""
+
+    class Naps(Batches):
+        def __getitem__(self, step):
+            time.sleep(nap)
+            return super().__getitem__(step)
+
     torch.manual_seed(0)
-    encoder = image_encoder("timm:resnet10t", size=SIZE)
-    encoder.body.drop_rate = 0.2
     policy = replace(SIMCLR_CIFAR, size=SIZE)
+    encoder = small(nn.Sequential(nn.BatchNorm2d(8), nn.Dropout(0.2)))
     method = SimCLR(encoder, policies=(policy, policy), head=Head(2, 32, 16))
     optimizer = Optimizer(name="lars", lr=1e-2, warmup=4)
-    fit(method, pictures(16), steps=14, out=out, optimizer=optimizer, save_every=4, log_every=1, quiet=True)
+    batches = pictures(16)
+    batches.__class__ = Naps
+    fit(method, batches, steps=14, out=out, optimizer=optimizer, save_every=4, log_every=1, quiet=True)
 
 
 def wait_for_step(process: BaseProcess, out: Path, step: int) -> None:
@@ -80,7 +87,7 @@ def wait_for_step(process: BaseProcess, out: Path, step: int) -> None:
 def test_a_run_stopped_twice_in_mid_epoch_ends_with_the_very_same_weights(tmp_path):
     out = tmp_path / "stopped"
     for step, how in ((2, signal.SIGKILL), (7, signal.SIGINT)):  # before the first checkpoint, and between two
-        process = start(train_simclr, out)
+        process = start(train_simclr, out, 0.1)
         wait_for_step(process, out, step)
         os.kill(process.pid, how)
         process.join()
@@ -255,7 +262,7 @@ def test_mixed_precision_rounds_neither_pictures_nor_similarities(tmp_path, monk
 
 
 def test_compiling_leaves_names_as_they_are_and_ends_with_the_run():
-    method = METHODS["byol"](small(nn.BatchNorm2d(8)))
+    method = METHODS["byol"](small(nn.BatchNorm2d(8)), head=Head(1), predictor=Head(1, dim=128))
     keys = list(method.state_dict())
     with _compiled(method):
         assert list(method.state_dict()) == keys
@@ -265,7 +272,7 @@ def test_compiling_leaves_names_as_they_are_and_ends_with_the_run():
 
 def test_a_batch_too_small_for_batchnorm_is_named_with_what_to_do(tmp_path):
     policy = replace(SIMCLR_CIFAR, size=SIZE)
-    method = METHODS["byol"](image_encoder("timm:resnet10t", size=SIZE), policies=(policy, policy))
+    method = METHODS["byol"](small(nn.BatchNorm2d(8)), policies=(policy, policy))
     with pytest.raises(TrainingError, match=r"BYOL has a BatchNorm, .* larger batch"):
         fit(method, pictures(1), steps=1, out=tmp_path, quiet=True)
 
