@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from twofold.errors import TwofoldError, unknown
+from twofold.errors import TwofoldError, UsageError, unknown
 
 Data = Annotated[str, arg(metavar="DATA")]
 Folder = Annotated[Path, arg(metavar="DIR")]
@@ -308,6 +308,7 @@ def train(name: str, arguments: list[str]) -> None:
       twofold train simclr cifar10/ --out runs/c --encoder timm:resnet18 --small-stem --policy simclr-cifar
       twofold train triplet photos/ --out runs/d --mining batch-hard --per-class 4
       twofold train siglip captions.csv --out runs/b --temperature 0.1
+      twofold train simclr tiles/ --out runs/e --policy views/proposed.toml --policy.hue 0.05
 
     """
     from twofold import runtime
@@ -319,6 +320,7 @@ def train(name: str, arguments: list[str]) -> None:
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     kind: Any = _options(METHODS[name])
+    arguments, changes = _policy_changes(arguments)
 
     def verb(
         data: Data,
@@ -343,6 +345,7 @@ def train(name: str, arguments: list[str]) -> None:
             setting=setting,
             optimizer=optimizer,
             options=vars(options),
+            changes=changes,
             quiet=json,
         )
         if runtime.world()[0]:
@@ -357,8 +360,107 @@ def train(name: str, arguments: list[str]) -> None:
     _call(verb, f"train {name}", arguments, description=f"{words}\n\n{_described(_train_doc())}")
 
 
+def views(arguments: list[str]) -> None:
+    """Look at what a policy makes of pictures; with --audit, measure what it destroys and propose a better one.
+
+    Writes sheet.png (originals and their views) and ladder.png (each operation from off to full). --audit adds
+    audit.html, audit.json and proposed.toml, a policy to train with. --compare trains briefly under each policy.
+
+    --policy.FIELD VALUE changes a field of the policy, as in `--policy natural --policy.hue 0 --policy.area 0.3 1`.
+
+    examples:
+      twofold views photos/ --policy simclr
+      twofold views tiles/ --policy simclr --size 96 --audit
+      twofold views tiles/ --compare simclr views/proposed.toml
+
+    """
+    from twofold.train.compare_policies import SHORT
+
+    arguments, changes = _policy_changes(arguments)
+
+    def verb(
+        data: Data,
+        /,
+        *,
+        policy: str = "simclr",
+        out: Folder = Path("views"),
+        size: int | None = None,
+        channels: int = 3,
+        rows: int = 8,
+        audit: bool = False,
+        items: int = 512,
+        views: int = 4,
+        columns: tuple[str, ...] = (),
+        model: Annotated[str | None, arg(metavar="MODEL")] = None,
+        compare: Annotated[tuple[str, ...], arg(metavar="POLICY …")] = (),
+        epochs: int = SHORT.epochs,
+        seeds: int = 2,
+        seed: int = 0,
+        json: bool = False,
+    ) -> None:
+        """
+        Args:
+            data: pictures, with labels, captions or metadata columns if there are any
+            policy: the name of a preset, or a .toml or .json file
+            out: where the pages and pictures go
+            size: pixels a side of a view as it will be trained; the policy's or the pictures' own where not given
+            channels: of the pictures
+            rows: pictures on the contact sheet
+            audit: measure confusion, loss and shortcuts, for each operation and the whole
+            items: pictures that the audit looks at
+            views: of each picture and operation
+            columns: metadata columns to probe for, and "label"; those of few values where not given
+            model: what the audit sees with: a bundle, the folder of a run, or the name of an encoder
+            compare: policies to train briefly under
+            epochs: of each training
+            seeds: trainings under each policy
+            seed: another sample, and other views
+            json: print the result as JSON
+        """
+        from twofold.data.sources import open_source
+        from twofold.views import policies
+
+        source = open_source(data)
+        chosen = tuple(dataclasses.replace(one, **changes) for one in policies(policy))
+        figures: dict[str, Any] = {}
+        if not compare or audit:
+            figures |= _sheets(source, chosen, out, size=size, channels=channels, rows=rows, seed=seed, quiet=json)
+        if audit:
+            from twofold.measure.policy_audit import audit as audited
+
+            done = audited(
+                chosen,
+                source,
+                encoder=_model(model, "image") if model else None,
+                columns=columns or None,
+                items=items,
+                views=views,
+                size=size,
+                channels=channels,
+                seed=seed,
+                quiet=json,
+            )
+            figures |= {"audit": _write_audit(done, out)}
+            if not json:
+                _print_audit(done, out)
+        if compare:
+            from twofold.train.compare_policies import compare as compared
+
+            setting = dataclasses.replace(SHORT, size=size or SHORT.size, channels=channels, epochs=epochs)
+            result = compared(
+                compare, source, out=out / "compare", setting=setting, seeds=range(seed, seed + seeds), quiet=json
+            )
+            figures |= {"compare": result}
+            if not json:
+                _print_comparison(result)
+        if json:
+            _print_json(figures)
+
+    _call(verb, "views", arguments, description=_described(inspect.getdoc(views) or ""))
+
+
 VERBS: dict[str, Callable[..., None]] = {
-    verb.__name__: verb for verb in (demo, train, align, evaluate, embed, index, search, methods)
+    verb.__name__: verb for verb in (demo, views, train, align, evaluate, embed, index, search, methods)
 }
 
 
@@ -381,6 +483,8 @@ def main(arguments: list[str] | None = None) -> int:
                 methods()
             else:
                 train(rest[0], rest[1:])
+        elif verb == "views":
+            views(rest)
         else:
             _call(VERBS[verb], verb, rest)
     except TwofoldError as error:
@@ -411,6 +515,85 @@ def _call(verb: Callable[..., None], name: str, arguments: list[str], *, descrip
         description=description or _described(inspect.getdoc(verb) or ""),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def _policy_changes(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """`--policy.FIELD VALUE` taken out of the arguments: a name and changes to what it stands for are two things."""
+    if not any(argument.startswith("--policy.") for argument in arguments):
+        return arguments, {}
+    from twofold.views import Policy
+
+    known: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Policy)}
+    rest: list[str] = []
+    changes: dict[str, Any] = {}
+    left = [part for argument in arguments for part in (argument.split("=", 1) if _is_change(argument) else [argument])]
+    while left:
+        if not _is_change(argument := left.pop(0)):
+            rest.append(argument)
+            continue
+        name = argument.removeprefix("--policy.").replace("-", "_")
+        if name not in known:
+            raise unknown("field of a policy", name, known)
+        count = len(known[name]) or 3 if isinstance(known[name], tuple) else 1
+        values, left = left[:count], left[count:]
+        whole = isinstance(known[name], int) or name == "jpeg_quality"
+        try:
+            numbers = tuple(int(value) if whole else float(value) for value in values)
+        except ValueError:
+            numbers = ()
+        if len(numbers) < count:
+            takes = f"{count} numbers" if count > 1 else "a whole number" if whole else "a number"
+            raise UsageError(f"{argument} takes {takes}; got {' '.join(values) or 'nothing'}.")
+        changes[name] = numbers if isinstance(known[name], tuple) else numbers[0]
+    return rest, changes
+
+
+def _is_change(argument: str) -> bool:
+    return argument.startswith("--policy.")
+
+
+def _sheets(
+    source: Any, policies: tuple, out: Path, *, size: int | None, channels: int, rows: int, seed: int, quiet: bool
+) -> dict[str, Any]:
+    """Write the contact sheet and the ladder; where they lie."""
+    import numpy as np
+    import torch
+
+    from twofold import runtime
+    from twofold.data.cache import decoded
+    from twofold.measure.policy_audit import picture_side
+    from twofold.views.sheet import contact_sheet, strength_ladder
+
+    some = torch.randperm(len(source), generator=runtime.generator(seed, "sheet")).tolist()[:rows]
+    few = source.take(some)
+    side = size or min(max(policy.size for policy in policies), picture_side(few))
+    pictures = decoded(few, side if side <= 64 else side * 8 // 7, channels=channels)
+    images = torch.from_numpy(np.array(pictures.pixels))
+    sized = [dataclasses.replace(policy, size=side) for policy in policies]
+    out.mkdir(parents=True, exist_ok=True)
+    paths = {"sheet": out / "sheet.png", "ladder": out / "ladder.png"}
+    contact_sheet(sized, images, runtime.generator(seed, "views")).save(paths["sheet"])
+    strength_ladder(sized[0], images[0], runtime.generator(seed, "ladder")).save(paths["ladder"])
+    said = list(dict.fromkeys(map(str, sized)))
+    if not quiet:
+        _print_skipped(pictures.skipped)
+        print("\n".join(f"  {policy}" for policy in said))
+        print(f"  {paths['sheet']}\n  {paths['ladder']}")
+    return {name: str(path) for name, path in paths.items()} | {"policies": said}
+
+
+def _write_audit(done: Any, out: Path) -> dict[str, Any]:
+    """Leave the page, the figures and the proposed policy in `out`; the figures."""
+    from twofold.data.samples import ATTRIBUTION
+    from twofold.measure.audit_page import page
+    from twofold.views import files
+
+    figures = plain(done.to_dict())
+    notice = ATTRIBUTION if done.source.name == "openmoji" else ""
+    (out / "audit.html").write_text(page(done, notice=notice), "utf-8")
+    (out / "audit.json").write_text(jsonlib.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    files.write([policy.to_dict() for policy in dict.fromkeys(done.proposed)], out / "proposed.toml")
+    return figures
 
 
 def _described(doc: str) -> str:
@@ -500,3 +683,19 @@ def _print_hits(hits: list) -> None:
     from twofold.terminal import CONSOLE, hits_table
 
     CONSOLE.print(hits_table(hits))
+
+
+def _print_audit(done: Any, out: Path) -> None:
+    from twofold.terminal import CONSOLE, audit_tables
+
+    _print_skipped(done.skipped)
+    CONSOLE.print(*audit_tables(done), sep="\n")
+    for line in done.verdict:
+        CONSOLE.print(f"  {line}", highlight=False, markup=False)
+    print(f"  {out / 'audit.html'}\n  {out / 'proposed.toml'}")
+
+
+def _print_comparison(result: Any) -> None:
+    from twofold.terminal import CONSOLE, comparison_table
+
+    CONSOLE.print(comparison_table(result))

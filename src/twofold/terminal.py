@@ -7,7 +7,9 @@ from rich.table import Table
 
 from twofold.measure.evaluate import Evaluation, Labels, Paired
 from twofold.measure.metrics import Interval
+from twofold.measure.policy_audit import Audit, Finding
 from twofold.retrieve.store import Hit
+from twofold.train.compare_policies import Comparison
 
 CONSOLE = Console()
 
@@ -69,3 +71,52 @@ def described(hit: Hit) -> str:
     """An item in words: its emoji if it is one, then its first text, file or label."""
     words = hit.meta.get("text") or hit.meta.get("image") or hit.meta.get("label") or ""
     return f"{hit.meta.get('emoji', '')} {words}".strip()
+
+
+def audit_tables(audit: Audit) -> Iterable[Table]:
+    """One table for operations and the whole, one for shortcuts."""
+    made = table("operation", "confused", "foreign", "most lost, points", "verdict")
+    for finding in (*audit.operations, *audit.candidates):
+        tried = "" if finding in audit.operations else " [dim]tried[/dim]"
+        made.add_row(f"{finding.name}{tried}", *_figures(finding), finding.verdict)
+    made.add_row("whole policy", *_figures(audit.whole), "")
+    made.add_row("proposed", *_figures(audit.better), "")
+    yield made
+    found = table(f"finds a partner among {audit.among}", "policy", "proposed")
+    for name, top in audit.shortcuts.items():
+        found.add_row(name, interval(top), interval(audit.shortcuts_left[name]))
+    found.add_row("[dim]chance[/dim]", f"[dim]{1 / audit.among:.3f}       [/dim]", "")
+    yield found
+
+
+def _figures(finding: Finding) -> tuple[str, str, str]:
+    worst = finding.paid[0] if finding.paid else None
+    lost = f"{worst.name} {100 * worst.fall.value:.0f}" if worst else "–"
+    return (
+        interval(finding.confusion) if finding.confusion else "–",
+        f"{finding.foreign.value:.2f}" if finding.foreign else "–",
+        lost if len(lost) <= 28 else f"…{lost[-27:]}",
+    )
+
+
+def comparison_table(compared: Comparison) -> Table:
+    """Policies by what short trainings under them are worth; under each figure lies that of every seed."""
+    made = table("trained under", "retrieval", "kNN", "rank", "alignment", "uniformity")
+    for score in compared.scores:
+        means = (sum(values) / len(values) for values in (score.rank, score.alignment, score.uniformity))
+        rank, alignment, uniformity = means
+        made.add_row(
+            score.name,
+            interval(score.retrieval),
+            interval(score.knn) if score.knn else "–",
+            f"{rank:.1f}",
+            f"{alignment:.3f}",
+            f"{uniformity:.2f}",
+        )
+        by_seed = [" ".join(f"{value:.3f}" for value in values) for values in (score.retrieval_seeds, score.knn_seeds)]
+        made.add_row("[dim]by seed[/dim]", *(f"[dim]{values}[/dim]" for values in by_seed))
+    chance = compared.chance
+    made.add_row(
+        "[dim]chance[/dim]", *(f"[dim]{chance[k]:.3f}[/dim]" if k in chance else "" for k in ("retrieval", "knn"))
+    )
+    return made

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from twofold.models.encoders import ImageEncoder, TextEncoder, image_encoder, te
 from twofold.progress import Line
 from twofold.train.loop import Run, fit
 from twofold.train.optim import Optimizer
-from twofold.views import PRESETS
+from twofold.views import PRESETS, Policy, policies
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Setting:
     channels: int = 3
     text: str = "minilm"  # the text encoder, for pairs
     space: int = 512  # the width of the common space, for pairs
-    policy: str | None = None  # the views; the method's own where None
+    policy: str | None = None  # the views: a preset's name or a file; the method's own where None
     batch: int = 256  # over all processes
     per_class: int = 0  # this many items of a class come together in a batch; 0: as it happens
     epochs: int = 100
@@ -61,17 +61,18 @@ def train(
     setting: Setting = Setting(),
     optimizer: Optimizer = Optimizer(),  # noqa: B008 — frozen
     options: Mapping[str, Any] = {},
+    changes: Mapping[str, Any] = {},
     quiet: bool = False,
 ) -> Run:
     """Train the method `name` on the pictures (and texts or labels) of `data` and leave a bundle in `out`/bundle.
 
     Where the data name splits, only "train" is used; items without the text or label that a method needs are left out.
-    `options` are the method's own parameters. The same call goes on where an earlier one was stopped.
+    `options` are the method's own parameters, `changes` fields of the policy. The same call goes on where an earlier
+    one was stopped.
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
-    if setting.policy is not None and setting.policy not in PRESETS:
-        raise unknown("policy", setting.policy, PRESETS)
+    chosen = _policies(name, setting.policy, changes)
     fabric = _fabric(setting)
     fabric.launch()
 
@@ -80,7 +81,7 @@ def train(
         picture = image_encoder(
             setting.encoder, size=setting.size, channels=setting.channels, small_stem=setting.small_stem
         )
-        method = _method(name, picture, setting, options)
+        method = _method(name, picture, setting, chosen, options)
     if setting.per_class and "label" not in method.needs:
         raise UsageError(f"per_class={setting.per_class} is for methods that learn from labels; {name} does not here.")
     source = _usable(name, method.needs, data.split("train") if data.splits is not None else data, setting.limit)
@@ -99,6 +100,9 @@ def train(
         columns["text"] = source.take(kept).texts
     if "label" in method.needs:
         columns["label"] = source.take(kept).labels
+    # A name stands for itself; what a file or a flag says must be kept to know the run again.
+    named = setting.policy is None or setting.policy in PRESETS
+    own_views = {} if named and not changes else {"policies": [policy.to_dict() for policy in chosen]}
     by_class = {"classes": columns["label"], "each": setting.per_class} if setting.per_class else {}
     batches = Batches(columns, batch=setting.batch, seed=setting.seed, **by_class)
     with _compiled(method) if setting.compile else nullcontext():
@@ -111,7 +115,13 @@ def train(
             seed=setting.seed,
             chunk=setting.chunk,
             save_every=setting.save_every,
-            record={"data": data.name, "items": len(kept), **_identity(setting), "options": _plain(options)},
+            record={
+                "data": data.name,
+                "items": len(kept),
+                **_identity(setting),
+                "options": _plain(options),
+                **own_views,
+            },
             fabric=fabric,
             profile=setting.profile,
             quiet=quiet,
@@ -188,22 +198,35 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: asdict(value) if is_dataclass(value) else value for name, value in options.items()}  # type: ignore[arg-type]
 
 
-def _method(name: str, picture: ImageEncoder, setting: Setting, options: Mapping[str, Any]) -> Method:
-    """The method around its encoders, with the policy asked for, else its own; SimCLR's for pairs."""
+def _policies(name: str, policy: str | None, changes: Mapping[str, Any]) -> tuple[Policy, ...]:
+    """The policy asked for, one a view, else the method's own; SimCLR's for pairs."""
     of_pictures = "text" not in METHODS[name].needs
-    if setting.policy is not None:
-        chosen = PRESETS[setting.policy]
-    else:
-        chosen = inspect.signature(METHODS[name]).parameters["policies"].default if of_pictures else PRESETS["simclr"]
-    policies = tuple(replace(policy, size=picture.size) for policy in chosen)
-    if of_pictures:
-        return METHODS[name](picture, policies=policies, **options)
+    parameter = inspect.signature(METHODS[name]).parameters.get("policies")
+    own = parameter.default if of_pictures and parameter else policies("simclr")
+    chosen = own if policy is None else policies(policy)
+    chosen = chosen * len(own) if len(chosen) == 1 else chosen  # one policy is every view's
+    if of_pictures and parameter and get_args(parameter.annotation)[-1] is not ... and len(chosen) != len(own):
+        raise UsageError(
+            f"{name} compares {len(own)} views; the policy {policy!r} has {len(chosen)}. "
+            f"Take one of {len(own)} views, or a method of any number, such as lejepa."
+        )
+    return tuple(replace(one, **changes) for one in chosen)
+
+
+def _method(
+    name: str, picture: ImageEncoder, setting: Setting, chosen: Sequence[Policy], options: Mapping[str, Any]
+) -> Method:
+    """The method around its encoders."""
+    largest = max(policy.size for policy in chosen)  # small local views stay in proportion
+    views = tuple(replace(policy, size=round(policy.size * picture.size / largest)) for policy in chosen)
+    if "text" not in METHODS[name].needs:
+        return METHODS[name](picture, policies=views, **options)
     text = text_encoder(setting.text)
     towers = {
         "image": Tower(picture, nn.Linear(picture.dim, setting.space)),
         "text": Tower(text, nn.Linear(text.dim, setting.space)),
     }
-    return METHODS[name](towers, views={"image": policies[0], "text": _tokens(text)}, **options)
+    return METHODS[name](towers, views={"image": views[0], "text": _tokens(text)}, **options)
 
 
 def _tokens(encoder: TextEncoder) -> View:
