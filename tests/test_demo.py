@@ -22,7 +22,7 @@ def newcomer(tmp_path_factory):
     environment = {**os.environ, "TWOFOLD_CACHE": str(home / "cache"), "PATH": path}
 
     def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -34,7 +34,7 @@ def figures(newcomer):
     return json.loads(newcomer("twofold", "demo", "--json"))
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_the_demo_learns_what_its_heads_did_not_know(figures):
     assert figures["data"]["items"] == 4495
     assert figures["training"]["loss"] < figures["training"]["chance"] / 2
