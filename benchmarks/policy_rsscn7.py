@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from twofold.cli import plain
+from twofold.cli.show import plain
 from twofold.data.sources import open_source
 from twofold.measure.policy_audit import audit
 from twofold.terminal import CONSOLE, comparison_table

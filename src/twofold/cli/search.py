@@ -1,0 +1,55 @@
+"""`twofold search`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from twofold.cli.flags import verb
+from twofold.cli.show import print_hits, print_json
+
+
+@verb
+def search(
+    index: Annotated[Path, arg(metavar="INDEX")],
+    text: Annotated[str | None, arg(metavar="WORDS")] = None,
+    /,
+    *,
+    image: Annotated[Path | None, arg(metavar="FILE")] = None,
+    id: str | None = None,
+    minus: str | None = None,
+    weight: float = 0.5,
+    k: int = 10,
+    where: tuple[str, ...] = (),
+    json: bool = False,
+) -> None:
+    """Search an index with words, a picture, an item of it, or several of them together.
+
+    examples:
+      twofold search photos.index "a red boat at dusk"
+      twofold search photos.index --image boat.jpg "in the snow"
+      twofold search photos.index --id 1F496 --where group=symbols --k 5
+
+    Args:
+        index: the index's folder
+        text: what to look for, in words
+        image: a picture to look for the like of
+        id: an item of the index to look for the like of
+        minus: words to lead away from
+        weight: the words' share where a picture or an item is given too, 0..1
+        k: how many
+        where: only items whose metadata are so: column=value
+        json: print the result as JSON
+    """
+    from contextlib import closing
+
+    from twofold.retrieve.index import Index
+    from twofold.retrieve.store import parse_where
+
+    wanted = parse_where(where)
+    with closing(Index.open(index)) as opened:
+        hits = opened.search(text, image=image, id=id, minus=minus, weight=weight, k=k, where=wanted)
+    if json:
+        print_json([hit._asdict() for hit in hits])
+    else:
+        print_hits(hits)

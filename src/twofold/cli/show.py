@@ -1,0 +1,58 @@
+"""What comes back, as JSON or as tables in the terminal."""
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def print_json(result: Any) -> None:
+    print(jsonlib.dumps(plain(result), ensure_ascii=False))
+
+
+def plain(result: Any) -> Any:
+    """A result as JSON values: named tuples become objects, arrays lists, paths and other keys strings."""
+    if isinstance(result, tuple) and hasattr(result, "_asdict"):
+        return plain(result._asdict())
+    if isinstance(result, dict):
+        return {str(key): plain(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [plain(value) for value in result]
+    if hasattr(result, "tolist"):
+        return result.tolist()
+    return str(result) if isinstance(result, Path) else result
+
+
+def print_skipped(skipped: list) -> None:
+    for item in skipped[:5]:
+        print(f"  skipped {item.id}: {item.reason}", file=sys.stderr)
+    if len(skipped) > 5:
+        print(f"  … {len(skipped)} items skipped in all", file=sys.stderr)
+
+
+def print_evaluation(measured: Any) -> None:
+    from twofold.terminal import CONSOLE, evaluation_tables
+
+    CONSOLE.print(*evaluation_tables(measured), sep="\n")
+
+
+def print_hits(hits: list) -> None:
+    from twofold.terminal import CONSOLE, hits_table
+
+    CONSOLE.print(hits_table(hits))
+
+
+def print_audit(done: Any, out: Path) -> None:
+    from twofold.terminal import CONSOLE, audit_tables
+
+    print_skipped(done.skipped)
+    CONSOLE.print(*audit_tables(done), sep="\n")
+    for line in done.verdict:
+        CONSOLE.print(f"  {line}", highlight=False, markup=False)
+    print(f"  {out / 'audit.html'}\n  {out / 'proposed.toml'}")
+
+
+def print_comparison(result: Any) -> None:
+    from twofold.terminal import CONSOLE, comparison_table
+
+    CONSOLE.print(comparison_table(result))
