@@ -24,8 +24,8 @@ from twofold.train.compare_policies import OPTIMIZER, SHORT, compare
 from twofold.views import files, policies
 
 RESULTS = Path(__file__).parent / "results" / "policy_rsscn7.json"
-SIZE = 64
-SETTING = replace(SHORT, size=SIZE, epochs=40)
+SEEN, SIZE = 64, 48  # pixels a side of a view: of the audit, and of the trainings, which two cores have to carry
+SETTING = replace(SHORT, size=SIZE, epochs=20)
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     proposed = arguments.runs / "proposed.toml"
     if not proposed.exists():
         arguments.runs.mkdir(parents=True, exist_ok=True)
-        done = audit(policies("simclr"), data.split("train"), views=2, size=SIZE)
+        done = audit(policies("simclr"), data.split("train"), views=2, size=SEEN)
         print("\n".join(done.verdict), flush=True)
         files.write([policy.to_dict() for policy in dict.fromkeys(done.proposed)], proposed)
     result = compare(["simclr", str(proposed)], data, out=arguments.runs, setting=SETTING, seeds=arguments.seeds)

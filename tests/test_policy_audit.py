@@ -1,5 +1,6 @@
 """The audit, on drawn pictures whose symmetries and colours are known; columns, families and shortcuts by hand."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -14,8 +15,9 @@ from twofold.errors import UsageError
 from twofold.measure import policy_audit
 from twofold.measure.audit_page import page
 from twofold.measure.columns import columns_of, families_of, sample, words_of
-from twofold.measure.policy_audit import _halved, _held_out, _placements, _strength, audit
+from twofold.measure.policy_audit import _halved, _held_out, _placements, _strength, audit, share
 from twofold.measure.shortcuts import SHORTCUTS, shortcuts
+from twofold.models.bundle import Bundle
 from twofold.models.encoders import image_encoder
 from twofold.train.compare_policies import SHORT, compare
 from twofold.views import NONE, SIMCLR, Policy, policies
@@ -130,6 +132,26 @@ def test_falls_are_corrected_for_all_that_was_asked(audited):
     once = probe._corrected(values, 1)
     often = probe._corrected(values, 100)
     assert often.low < once.low < once.value < once.high < often.high
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"), [(0, 10, 0, 0.3085), (1, 10, 0.0025, 0.4450), (5, 10, 0.1871, 0.8129)]
+)
+def test_the_interval_of_a_share_is_clopper_and_pearsons(hits, n, low, high):
+    """The table of the book; and 6 arrows of 14 are surely more than none, at any level that an audit asks for."""
+    found = share(np.arange(n) < hits, level=0.95)
+    assert found == pytest.approx((hits / n, low, high), abs=1e-4)
+    assert share((np.arange(14) < 6).astype(float), level=0.9998).low > 0.05
+    partly = share(np.array([0.5] * 4 + [0.0] * 6), level=0.95)  # counts as two
+    assert partly.low == share((np.arange(10) < 2).astype(float), level=0.95).low
+
+
+def test_the_interval_of_a_share_holds_at_its_level_whatever_the_share():
+    n = 12
+    found = [share((np.arange(n) < hits).astype(float), level=0.8) for hits in range(n + 1)]
+    for truth in (0.03, 0.2, 0.5, 0.9):
+        likely = [math.comb(n, k) * truth**k * (1 - truth) ** (n - k) for k in range(n + 1)]
+        assert sum(p for p, one in zip(likely, found, strict=True) if one.low <= truth <= one.high) >= 0.8
 
 
 def test_ridge_predicts_held_out_rows_only():
@@ -276,3 +298,34 @@ def test_the_command_writes_sheet_and_ladder(tmp_path, capsys):
 def test_a_wrong_policy_is_refused_with_the_nearest(flags, says, capsys):
     assert main(["views", "openmoji", *flags]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("channels", "dtype", "policy"), [(13, np.uint16, "multispectral"), (1, np.uint8, "xray")])
+def test_pictures_of_many_bands_or_one_are_trained_on_measured_and_embedded(tmp_path, capsys, channels, dtype, policy):
+    """One band in three is bright: which, is the class. From arrays on disk to vectors that a file holds."""
+    noise = np.random.default_rng(0)
+    labels = np.arange(24) % 2
+    bands = noise.integers(0, np.iinfo(dtype).max // 8, (24, 16, 16, channels)).astype(dtype)
+    for picture, label in zip(bands, labels, strict=True):
+        picture[8 * label : 8 * label + 8, ..., ::3] += np.iinfo(dtype).max // 2
+    data, run, vectors = tmp_path / "bands", tmp_path / "run", tmp_path / "vectors.npz"
+    data.mkdir()
+    np.savez(data / "train.npz", images=bands[:16], labels=labels[:16])
+    np.savez(data / "test.npz", images=bands[16:], labels=labels[16:])
+    common = f"--out {run} --encoder timm:resnet18/8 --size 16 --small-stem --batch 8 --epochs 2".split()
+
+    if channels > 3:
+        assert main(["train", "simclr", str(data), *common, "--policy", policy]) == 1
+        assert "has 13 channels, expected 3; --channels 13 takes it" in capsys.readouterr().err
+    common += ["--channels", str(channels)]
+    assert main(["train", "simclr", str(data), *common, "--policy", "simclr"]) == 2
+    assert "--policy.hue 0" in capsys.readouterr().err
+    assert main(["train", "simclr", str(data), *common, "--policy", policy, "--policy.area", "1e-4", "1e-3"]) == 2
+    assert "less than one pixel" in capsys.readouterr().err
+
+    assert main(["train", "simclr", str(data), *common, "--policy", policy]) == 0  # a refused run left nothing behind
+    assert main(["evaluate", str(run), "--data", str(data), "--json"]) == 0
+    assert main(["embed", str(data), "--model", str(run), "--out", str(vectors)]) == 0
+    with np.load(vectors) as found:
+        assert found["vectors"].shape == (24, 64) and found["vectors"].std(0).max() > 0
+    assert Bundle.load(run).tower("image").encoder.channels == channels

@@ -615,6 +615,17 @@ def threads():
     torch.set_num_threads(before)
 
 
+def test_memory_of_views_is_used_again_only_when_nobody_holds_them():
+    x, policy = pictures(b=1).expand(60, -1, -1, -1), replace(NONE, size=224, flip=0.5)  # 36 MB: past malloc's limit
+    first = policy(x, draw(0))
+    kept, row, address = first.clone(), first[7].numpy(), first.data_ptr()
+    assert not torch.equal(policy(x, draw(1)), first) and torch.equal(first, kept)
+    del first
+    assert policy(x, draw(1)).data_ptr() != address and np.array_equal(row, kept[7].numpy())
+    del row
+    assert address in {views.data_ptr() for views in [policy(x, draw(seed)) for seed in range(3)]}
+
+
 def test_views_do_not_depend_on_the_number_of_threads_and_leave_it_as_it_was(threads):
     policy, x = replace(SIMCLR, size=96), pictures(b=40, h=96, w=96)
     views = []
@@ -932,7 +943,7 @@ def test_a_method_of_two_views_takes_one_policy_for_both_and_refuses_ten():
     assert _policies("simclr", "mae", {}) == PRESETS["mae"] * 2
     assert _policies("byol", None, {}) == BYOL
     assert _policies("lejepa", "dino", {}) == DINO
-    for name in METHODS.keys() - {"lejepa", "clip", "siglip"}:
+    for name in METHODS.keys() - {"lejepa", "mae", "ijepa", "clip", "siglip"}:
         if METHODS[name].needs == ("image",):
             with pytest.raises(UsageError, match=f"{name} compares 2 views; the policy 'dino' has 10"):
                 _policies(name, "dino", {})
@@ -986,15 +997,19 @@ def test_a_policy_that_makes_no_sense_is_refused_by_name(wrong):
 
 
 def test_a_crop_to_nothing_is_refused():
-    with pytest.raises(UsageError, match="less than one pixel"):
-        replace(SMALL, area=(1e-5, 1e-4))(pictures(), draw())
+    tiny = replace(SMALL, area=(1e-5, 1e-4))
+    for refused in (lambda: tiny(pictures(), draw()), lambda: tiny.check(3, 40, 40)):
+        with pytest.raises(UsageError, match="less than one pixel"):
+            refused()
+    tiny.check(3, 1000, 1000)
 
 
 @pytest.mark.parametrize("name", ["saturation", "hue", "gray"])
 def test_colour_that_needs_three_channels_is_refused_for_others_unless_off(name):
     policy = replace(SMALL, **(COLORLESS | {name: 0.2}))
-    with pytest.raises(UsageError, match=rf"{name} need.* have 4.*{name}=0.0"):
-        policy(pictures(c=4), draw())
+    for refused in (lambda: policy(pictures(c=4), draw()), lambda: policy.check(4, 40, 40)):
+        with pytest.raises(UsageError, match=rf"{name} need.* have 4.*{name}=0.0.*--policy.{name} 0"):
+            refused()
     replace(policy, **COLORLESS)(pictures(c=4), draw())
 
 

@@ -146,4 +146,4 @@ def _same(one: Column, other: Column) -> bool:
 
 
 def _tokens(text: str) -> list[str]:
-    return re.findall(r"[\w-]+", text.lower())
+    return re.findall(r"[\w-]+(?:['’]\w+)*", text.lower())

@@ -7,6 +7,7 @@ all colour operations of a sample are one affine map of its colour vectors.
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -162,20 +163,20 @@ def _crop_each(images: Tensor, boxes: Tensor, size: int, how: Pose | None) -> Te
 def _crop_bytes(images: Tensor, boxes: Tensor, size: int, how: Pose | None) -> Tensor:
     # PyTorch's 8-bit kernel is at its best with four interleaved channels. Three bytes packed into one int32 a pixel
     # are exactly that (the fourth stays empty), and arithmetic is vectorised where a transposing copy is not.
-    b, c = images.shape[:2]
-    views = torch.empty(b, c, size, size)
-    small, byte = torch.empty(2, b, size, size, dtype=torch.int32)
+    c = images.shape[1]
+    views = torch.empty(len(images), c, size, size)
+    masks = torch.tensor([255, 255 << 8, 255 << 16], dtype=torch.int32).view(3, 1, 1)
+    scales = masks.reciprocal()
     for first in range(0, c, 3):
         group = images[:, first : first + 3]
+        mask, scale = masks[: group.shape[1]], scales[: group.shape[1]]
         packed = group[:, 0].int()
         for place in range(1, group.shape[1]):
             packed.add_(group[:, place], alpha=256**place)
-        for box, y in zip(_boxes(packed, boxes, how), small, strict=True):
+        for box, view in zip(_boxes(packed, boxes, how), views[:, first : first + 3], strict=True):
             pixels = box.contiguous().view(torch.uint8).view(1, *box.shape, 4).permute(0, 3, 1, 2)
-            y.copy_(_interpolate(pixels, size).permute(0, 2, 3, 1).contiguous().view(torch.int32)[0, ..., 0])
-        for place in range(group.shape[1]):
-            torch.bitwise_and(small, 255 << 8 * place, out=byte)
-            views[:, first + place].copy_(byte).mul_(1 / (255 * 256**place))
+            small = _interpolate(pixels, size).permute(0, 2, 3, 1).contiguous().view(torch.int32)[..., 0]
+            view.copy_(small.bitwise_and(mask)).mul_(scale)
     return views
 
 
@@ -308,9 +309,8 @@ def recolor(
     matrix, pull, offset = (part.to(images.device) for part in colors)
     x = images.flatten(2)
     offset = torch.baddbmm(offset[:, :, None], pull, x.mean(2, keepdim=True))
-    views = torch.empty_like(images) if out is None else out
-    torch.baddbmm(offset, matrix, x, out=views.flatten(2)).clamp_(0, 1)
-    return views
+    # The memory of `out` is new and cold: it is written once, with what a warm block holds.
+    return torch.clamp(torch.baddbmm(offset, matrix, x).view_as(images), 0, 1, out=out)
 
 
 def color(
@@ -353,7 +353,7 @@ def blur(images: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], *, radius
 def convolve(images: Float[Tensor, "b c h w"], kernels: Float[Tensor, "b taps"]) -> Float[Tensor, "b c h w"]:
     """Each sample convolved along both axes with its own symmetric kernel, edges reflected."""
     h, w = images.shape[2:]
-    if images.device.type == "cpu" and max(h, w) > DENSE:
+    if images.device.type == "cpu" and max(h, w) > DENSE and min(h, w) > 2 * max(BLOCK, kernels.shape[1] // 2):
         return _convolve_blocks(images.clone(), kernels)
     kernels = kernels.to(images.device)
     return _sandwich(reflected(kernels, h), images, reflected(kernels, w))
@@ -362,54 +362,54 @@ def convolve(images: Float[Tensor, "b c h w"], kernels: Float[Tensor, "b taps"])
 def reflected(kernels: Float[Tensor, "b taps"], size: int) -> Float[Tensor, "b {size} {size}"]:
     """The convolution of one axis as a matrix, for symmetric kernels: what would fall beyond an edge is reflected."""
     middle = kernels.shape[1] // 2
+    return (kernels[:, middle:] @ _places(middle, size).to(kernels.device)).view(-1, size, size)
+
+
+@lru_cache(maxsize=32)
+def _places(radius: int, size: int) -> Float[Tensor, "taps pixels"]:
+    """For each tap, how often result pixel i takes pixel j with it: a row of size² numbers."""
     i = torch.arange(size)
     # How far pixel j lies from pixel i, and so do its mirror images about the first pixel and about the last.
     distances = (i[:, None] - i).abs(), (i[:, None] + i)[:, 1:], (2 * (size - 1) - i[:, None] - i)[:, :-1]
-    taps = torch.arange(middle + 1)[:, None, None]
+    taps = torch.arange(radius + 1)[:, None, None]
     edges = (0, 0), (1, 0), (0, 1)
     each = [F.pad((at == taps).float(), edge) for at, edge in zip(distances, edges, strict=True)]
-    places = torch.stack(each).sum(0)
-    return (kernels[:, middle:] @ places.flatten(1).to(kernels.device)).view(-1, size, size)
+    return torch.stack(each).sum(0).flatten(1)
 
 
 def _convolve_blocks(images: Float[Tensor, "b c h w"], kernels: Float[Tensor, "b taps"]) -> Float[Tensor, "b c h w"]:
     """`convolve` in place, for the samples whose kernel has more than one tap."""
-    # 16 result pixels in a row depend on 16 + 2·radius: one small matrix, the same for every block of a picture. The
-    # windows overlap, and are read where they lie; blocks that straddle two pictures are the price of one product.
+    # 16 result pixels in a row depend on 16 + 2·radius. That is one small matrix, the same for every block but the
+    # first and the last, where reflection folds into it: windows are read, and blocks written, where they lie.
     middle = kernels.shape[1] // 2
     used = kernels[:, :middle] > 0
-    marked, radius = used.any(1).nonzero()[:, 0].tolist(), int(used.any(0).sum())
-    if not marked:
-        return images
-    n, (c, h, w), window = len(marked), images.shape[1:], BLOCK + 2 * radius
-    kernels = kernels[marked, middle - radius : middle + radius + 1]
-    matrices = F.pad(kernels, (0, BLOCK)).repeat(1, BLOCK)[:, : BLOCK * window].view(n, BLOCK, window)
-
-    # Rows with their channels side by side, padded by reflection.
-    down, across = math.ceil((h + 2 * radius) / BLOCK), math.ceil(w / BLOCK)
-    width = across * BLOCK + 2 * radius
-    line = c * width
-    buffer = images.new_empty(n * down * BLOCK + 2 * radius, c, width)
-    padded = buffer[: n * down * BLOCK].view(n, down * BLOCK, c, width)
-    for place, sample in zip(padded, marked, strict=True):
-        place[radius : radius + h, :, radius : radius + w] = images[sample].transpose(0, 1)
-    for axis, length in ((3, w), (1, h)):
-        end = radius + length
-        padded.narrow(axis, 0, radius).copy_(padded.narrow(axis, radius + 1, radius).flip(axis))
-        padded.narrow(axis, end, radius).copy_(padded.narrow(axis, end - 1 - radius, radius).flip(axis))
-        padded.narrow(axis, end + radius, padded.shape[axis] - end - radius).zero_()
-    buffer[n * down * BLOCK :].zero_()
-
-    windows = buffer.as_strided((n * down, window, line), (BLOCK * line, line, 1))
-    smooth = torch.bmm(matrices.repeat_interleave(down, 0), windows).view(n, -1, width)
-    for lines, matrix, sample in zip(smooth, matrices, marked, strict=True):
-        windows = lines.as_strided((across, h * c, window), (BLOCK, width, 1))
-        blocks = torch.bmm(windows, matrix.T.expand(across, -1, -1))
-        result = blocks.view(across, h, c, BLOCK).permute(2, 1, 0, 3)
-        if w % BLOCK:
-            result = result.flatten(2)[..., :w]
-        images[sample].view(result.shape).copy_(result)
+    marked, reach = used.any(1).nonzero()[:, 0].tolist(), used.sum(1).tolist()
+    for sample in marked:
+        radius = reach[sample]
+        block = max(BLOCK, radius)
+        band = reflected(kernels[sample, None, middle - radius : middle + radius + 1], block + 2 * radius + 1)[0]
+        x = images[sample].transpose(0, 1).contiguous()  # rows with their channels side by side
+        y = torch.empty_like(x)
+        _by_blocks(band, x.flatten(1).T, y.flatten(1).T, block, radius)
+        _by_blocks(band, y.flatten(0, 1), x.flatten(0, 1), block, radius)
+        images[sample].copy_(x.transpose(0, 1))
     return images
+
+
+def _by_blocks(
+    band: Float[Tensor, "n n"], lines: Float[Tensor, "l w"], out: Float[Tensor, "l w"], block: int, radius: int
+) -> None:
+    """The convolution along the second axis, which may be strided, from the first rows of its matrix."""
+    width, (down, across) = lines.shape[1], lines.stride()
+    inner = (width - radius) // block - 1  # blocks whose windows lie inside
+    rest = width - (inner + 1) * block
+    head, tail = band[:block, : block + radius], band[:rest, : rest + radius].flip(0, 1)
+    body = band[radius : radius + block, : block + 2 * radius]
+    start = lines.storage_offset() + (block - radius) * across
+    windows = lines.as_strided((inner, len(lines), body.shape[1]), (block * across, down, across), start)
+    torch.mm(lines[:, : head.shape[1]], head.T, out=out[:, :block])
+    torch.bmm(windows, body.T.expand(inner, -1, -1), out=out[:, block:-rest].unflatten(1, (-1, block)).transpose(0, 1))
+    torch.mm(lines[:, -tail.shape[1] :], tail.T, out=out[:, -rest:])
 
 
 def solarize(

@@ -142,12 +142,9 @@ class Policy:
 
     def parameters(self, count: int, height: int, width: int, draw: torch.Generator) -> Parameters:
         """What is random about `count` views of pictures of height × width."""
-        if self.area[1] * height * width < 1:
-            raise UsageError(
-                f"area={self.area} of a picture of {height}×{width} pixels is less than one pixel. Raise area."
-            )
-        table = runtime.uniform(count, sum(COLUMNS.values()), draw).cpu().double()
+        self._check_area(height, width)
         with one_thread():
+            table = runtime.uniform(count, sum(COLUMNS.values()), draw).cpu().double()
             return self._drawn(height, width, dict(zip(COLUMNS, table.split([*COLUMNS.values()], dim=1), strict=True)))
 
     def _drawn(self, height: int, width: int, noise: dict[str, Tensor]) -> Parameters:
@@ -328,12 +325,24 @@ class Policy:
         }
         return ", ".join(words[name] for name in self.operations if words.get(name))
 
+    def check(self, channels: int, height: int, width: int) -> None:
+        """Refuse pictures that this policy cannot make views of: before a training begins, not at its first batch."""
+        self._check_channels(channels)
+        self._check_area(height, width)
+
+    def _check_area(self, height: int, width: int) -> None:
+        if self.area[1] * height * width < 1:
+            raise UsageError(
+                f"area={self.area} of a picture of {height}×{width} pixels is less than one pixel. Raise area."
+            )
+
     def _check_channels(self, channels: int) -> None:
         needed = [name for name in ("saturation", "hue", "gray") if name in self.operations]
         if channels != 3 and needed:
             raise UsageError(
                 f"{', '.join(needed)} need pictures of 3 channels; these have {channels}. "
-                f"Switch them off: replace(policy, {', '.join(f'{name}=0.0' for name in needed)})."
+                f"Switch them off: replace(policy, {', '.join(f'{name}=0.0' for name in needed)}), "
+                f"or {' '.join(f'--policy.{name} 0' for name in needed)}."
             )
         single = [name for name in ("gain", "offset", "channel_drop") if name in self.operations]
         if channels > CHANNELS and single:

@@ -1,10 +1,15 @@
 """From what was drawn to the views: which operations run, in which order, and how much of a batch at a time."""
 
 import contextlib
+import itertools
 import math
 import mmap
+import os
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,7 +19,9 @@ from torch import Tensor
 from twofold.views import apply
 
 CHANNELS = 16  # at most this many are drawn for, one by one
-CACHED = 2**18  # values worked on at a time on a CPU
+CACHED = 2**19  # values worked on at a time on a CPU
+
+_blocks: deque[mmap.mmap] = deque(maxlen=4)  # memory of views that are gone
 
 
 class Parameters(NamedTuple):
@@ -55,6 +62,19 @@ def render(
     """
     b, c, h, w = images.shape
     views = _empty((b, c, size, size), images.device)
+    with one_thread() as threads:
+        some = _prepared(images, drawn, views, radius)
+        if images.device.type != "cpu":
+            some(slice(b))
+        else:
+            # A few views at a time, so that they stay in the cache from one operation to the next.
+            _in_threads(some, _parts(b, max(1, CACHED // (c * max(h * w, size**2))), threads), threads)
+    return views
+
+
+def _prepared(images: Tensor, drawn: Parameters, views: Tensor, radius: int) -> Callable[[slice], None]:
+    """What makes some of the views, whichever one asks it for."""
+    (_, c, _, _), size = images.shape, views.shape[-1]
     oblique = bool(drawn.rotation.any() or drawn.shear.any())
     how = apply.pose(drawn.turns, drawn.horizontal, drawn.vertical)
     kernels = apply.gaussian(drawn.sigma.float(), radius=radius) if drawn.sigma.any() else None
@@ -82,10 +102,7 @@ def render(
                     x = operation(x, rows)
                 view.copy_(x)
 
-    # On a CPU a few views at a time, so that they stay in its cache from one operation to the next.
-    step = b if images.device.type != "cpu" else max(1, CACHED // (c * max(h * w, size**2)))
-    _in_threads(some, [slice(at, at + step) for at in range(0, b, step or 1)])
-    return views
+    return some
 
 
 def _later(drawn: Parameters) -> list[Callable[[Tensor, slice], Tensor]]:
@@ -137,24 +154,47 @@ def one_thread() -> Iterator[int]:
         torch.set_num_threads(threads)  # setting it in one thread also sets where later threads start
 
 
-def _in_threads(work: Callable[[slice], None], parts: list[slice]) -> None:
-    """The parts on as many threads as PyTorch may use, each part on one."""
-    with one_thread() as threads:
-        if threads == 1 or len(parts) < 2:
-            for part in parts:
-                work(part)
-        else:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                list(pool.map(work, parts))
+def _parts(count: int, most: int, threads: int) -> list[slice]:
+    """`count` rows in parts of one size, at most `most`, and as many for each thread."""
+    parts = min(count, math.ceil(count / most / threads) * threads)
+    ends = [count * part // max(1, parts) for part in range(parts + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+def _in_threads(work: Callable[[slice], None], parts: list[slice], threads: int) -> None:
+    if threads == 1 or len(parts) < 2:
+        for part in parts:
+            work(part)
+    else:
+        list(_pool(threads, os.getpid()).map(work, parts))
+
+
+@cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Kept, for starting threads takes as long as several views; but not across a fork, which leaves them behind."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _empty(shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "b c h w"]:
     # glibc maps every block of more than 32 MB anew, and its page faults cost as much as half a view: 0.30 ms each at
-    # 224 pixels, 0.09 ms in huge pages.
-    count = math.prod(shape)
-    if device.type != "cpu" or 4 * count <= 2**25 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    # 224 pixels, 0.09 ms in huge pages, nothing where earlier views lay that nobody holds any more.
+    size = 4 * math.prod(shape)
+    if device.type != "cpu" or size <= 2**25 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, device=device)
-    block = mmap.mmap(-1, 4 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(block, dtype=torch.float32).view(shape)
+    block = _left(size)
+    if block is None:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            block.madvise(mmap.MADV_HUGEPAGE)
+    lease = memoryview(block)  # held by the tensor and by all that share its memory, and by nothing else
+    weakref.finalize(lease, _blocks.append, block).atexit = False
+    return torch.frombuffer(lease, dtype=torch.float32).view(shape)
+
+
+def _left(size: int) -> mmap.mmap | None:
+    with contextlib.suppress(IndexError):  # another thread was quicker
+        for _ in range(len(_blocks)):
+            if len(block := _blocks.popleft()) == size:
+                return block
+            _blocks.append(block)
+    return None

@@ -15,7 +15,7 @@ from twofold.views.apply import unit
 from twofold.views.policy import OPERATIONS, Policy
 
 TILE, GAP, MARGIN = 152, 8, 12  # pixels
-INK, PALE, PAPER = (28, 28, 30), (110, 110, 116), (255, 255, 255)
+INK, PALE, EDGE, PAPER = (28, 28, 30), (110, 110, 116), (222, 222, 226), (255, 255, 255)
 FONT, LINE = 13, 16
 SPELT = str.maketrans({"σ": "sigma", "×": "x", "–": "-", "−": "-"})  # Pillow's own font is of plain ASCII
 STEPS = 7
@@ -115,6 +115,7 @@ def _grid(rows: Sequence[Sequence[tuple[Image.Image, str]]], heads: Sequence[str
             pen.text((MARGIN, top + place * LINE), line, fill=PALE if place else INK, font=font)
         for column, ((picture, _), lines) in enumerate(zip(row, words, strict=True)):
             x = left + column * (TILE + GAP)
+            pen.rectangle((x - 1, top - 1, x + TILE, top + TILE), outline=EDGE)
             sheet.paste(picture, (x, top))
             for place, line in enumerate(lines):
                 pen.text((x, top + TILE + 4 + place * LINE), line, fill=INK, font=font)
