@@ -114,7 +114,7 @@ def pictures(batch: int, seconds: float, cache: Path) -> list[dict]:
 def texts(batch: int, seconds: float, cache: Path) -> list[dict]:
     encoder = text_encoder()
     names = [own[0] for own in openmoji().texts if len(own[0].split()) > 3]
-    tokens = encoder.tokenize(names[:batch])
+    tokens = encoder.inputs(names[:batch])
     quick = accelerate(encoder, cache)
     assert quick.engine == "onnxruntime", quick.reason
     return measure({"PyTorch": plain(encoder), "ONNX Runtime": quick}, tokens, batch, seconds)

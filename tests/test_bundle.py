@@ -13,8 +13,17 @@ from torch import nn
 
 from twofold.errors import BundleError, DecodeError, UsageError
 from twofold.models.bundle import Bundle, Tower
-from twofold.models.encoders import TextEncoder, fingerprint, image_encoder, inference, read_text_encoder
+from twofold.models.encoders import (
+    TextEncoder,
+    VectorEncoder,
+    fingerprint,
+    image_encoder,
+    inference,
+    mel_encoder,
+    read_text_encoder,
+)
 from twofold.models.heads import Standardize, mlp
+from twofold.models.texts import bpe_encoder
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "boat", "dog", "on", "water"]
 
@@ -290,3 +299,91 @@ def test_inference_on_a_loaded_bundle_is_repeatable(saved):
     bundle = Bundle.load(saved)
     with inference(bundle.towers["text"]):
         assert np.array_equal(bundle.encode(["a dog"]), bundle.encode(["a dog"]))
+
+
+# --- any modality -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(bundle) -> Bundle:
+    """Two towers that read, two that hear, one of vectors, under names of their own."""
+    torch.manual_seed(0)
+    text = bundle.towers["text"]
+    return Bundle(
+        {
+            "code": Tower(bpe_encoder("bpe:tiny", ["def f(x):\n    return x", "x = f(1)"] * 3), nn.Linear(128, 8)),
+            "docs": text,
+            "speech": Tower(mel_encoder("mel:tiny", seconds=1), nn.Linear(128, 8)),
+            "bird song": Tower(mel_encoder("mel:timm:resnet18/4", seconds=1), nn.Linear(32, 8)),
+            "dino": Tower(VectorEncoder(5), nn.Linear(5, 8)),
+        }
+    )
+
+
+def items() -> dict[str, list]:
+    draw = np.random.default_rng(0)
+    sounds = [draw.normal(0, 0.1, n).astype(np.float32) for n in (400, 9000, 30_000)]
+    texts = ["def g(y):\n\treturn f(y)  # 🙂", "", "a red boat"]
+    vectors = list(draw.normal(size=(3, 5)))
+    return {"code": texts, "docs": texts, "speech": sounds, "bird song": sounds, "dino": vectors}
+
+
+def test_towers_of_any_name_and_kind_come_back(several, tmp_path):
+    several.save(tmp_path / "bundle")
+    again = Bundle.load(tmp_path / "bundle", device="cpu")
+    assert again.fingerprint == several.fingerprint
+    kinds = {name: tower.kind for name, tower in again.towers.items()}
+    assert kinds == {"code": "text", "docs": "text", "speech": "audio", "bird song": "audio", "dino": "vector"}
+    for name, some in items().items():
+        z = several.encode(some, modality=name)
+        assert np.array_equal(again.encode(some, modality=name), z)
+        np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-5)
+
+
+def test_a_bundle_of_the_first_format_loads(saved, bundle):
+    """It had no kinds; the fingerprints are what that version wrote."""
+    record = json.loads((saved / "bundle.json").read_text())
+    record["format"] = 1
+    for about in record["towers"].values():
+        del about["kind"]
+    (saved / "bundle.json").write_text(json.dumps(record))
+    assert same(Bundle.load(saved), bundle)
+
+
+def test_an_item_goes_to_the_tower_of_its_kind_where_there_is_one_such(several, bundle, tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(tmp_path / "a.wav", "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.full((1, 8000), 900, np.int16), format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    one = Bundle({"docs": bundle.towers["text"], "photo": bundle.towers["image"], "speech": several.towers["speech"]})
+    for some, name in ((["a dog"], "docs"), (pictures(), "photo"), ([tmp_path / "a.wav"], "speech")):
+        assert np.array_equal(one.encode(some), one.encode(some, modality=name))
+    with pytest.raises(UsageError, match="several towers for text: say modality=code or modality=docs"):
+        several.encode(["a dog"])
+    with pytest.raises(UsageError, match="no image tower"):
+        several.encode(pictures())
+    with pytest.raises(UsageError, match="no video tower"):
+        several.encode(pictures(), modality="video")
+
+
+def test_a_name_that_is_no_file_name_or_another_kind_is_refused(bundle):
+    for name in ("a/b", "../x", "a.head", "", "-x"):
+        with pytest.raises(UsageError, match="cannot name a tower"):
+            Bundle({name: bundle.towers["text"]})
+    with pytest.raises(UsageError, match="TextEncoder as its 'audio' tower"):
+        Bundle({"audio": bundle.towers["text"]})
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [('"kind": "vector"', '"kind": "audio"'), ('"seconds": 1', '"seconds": 2'), ('"dim": 5', '"dim": 6')],
+)
+def test_an_edited_tower_of_another_kind_is_noticed(several, tmp_path, before, after):
+    several.save(tmp_path / "bundle")
+    text = (tmp_path / "bundle" / "bundle.json").read_text()
+    assert before in text
+    (tmp_path / "bundle" / "bundle.json").write_text(text.replace(before, after))
+    with pytest.raises(BundleError):
+        Bundle.load(tmp_path / "bundle")

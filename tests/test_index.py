@@ -89,8 +89,8 @@ def test_a_folder_becomes_searchable(photos, bundle, out):
     assert_holds(out, photos, names_in(photos))
     hit = search(out, image=photos / "red" / "3.png", k=3, where={"label": "red"})[0]
     assert hit.meta == {"label": "red", "image": str((photos / "red" / "3.png").resolve())}
-    assert "red/3.png" not in [hit.id for hit in search(out, id="red/3.png", k=20)]
-    assert len(search(out, id="red/3.png", k=20, where={"label": "blue"})) == 5
+    assert "red/3.png" not in [hit.id for hit in search(out, like="red/3.png", k=20)]
+    assert len(search(out, like="red/3.png", k=20, where={"label": "blue"})) == 5
 
 
 def test_hits_show_text_label_split_and_further_columns(both, out):
@@ -103,7 +103,7 @@ def test_hits_show_text_label_split_and_further_columns(both, out):
     assert hits[0].meta["label"] == hits[0].meta["group"] == source.meta["group"][i] == source.meta["group"][4]
     assert hits[0].meta["split"] == source.splits[i]
     exact = Index.open(out, exact=True)
-    for query in ({"text": "a fruit"}, {"id": source.ids[3]}, {"text": "sad", "image": source.images[2]}):
+    for query in ({"text": "a fruit"}, {"like": source.ids[3]}, {"text": "sad", "image": source.images[2]}):
         assert [hit.id for hit in exact.search(**query, k=5)] == [hit.id for hit in opened.search(**query, k=5)]
     opened.close()
 
@@ -240,7 +240,7 @@ def test_who_searches_during_a_build_keeps_the_old_snapshot(photos, bundle, out)
     Index.build(open_source(photos), bundle, out, existing="prune")
     assert reader.stale
     assert len(reader.search(image=photos / "blue" / "new.png", k=20)) == 10
-    assert reader.search(id="red/1.png", k=20)
+    assert reader.search(like="red/1.png", k=20)
     assert_holds(out, photos, names_in(photos))
     assert len(list((out / "chroma").iterdir())) == 2
     reader.close()

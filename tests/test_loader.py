@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from twofold import runtime
-from twofold.data.loader import Batches, Choice
+from twofold.data.loader import Batches, Choice, sharing
 from twofold.errors import DataError, UsageError
 
 
@@ -63,16 +63,97 @@ def test_processes_share_out_the_batch_that_one_process_gets(monkeypatch):
         Batches(columns, batch=3, seed=3)
 
 
-def test_of_a_group_one_member_is_visited_each_epoch_and_all_in_the_long_run():
-    group = ["a", "b", "a", "c", "a", "d", "b", "e"]
-    batches = index(8, batch=5, group=group)
-    assert batches.steps_per_epoch == 1
-    visits = [epoch(batches, number) for number in range(300)]
-    assert all(sorted(group[item] for item in visit) == list("abcde") for visit in visits)
-    count = np.bincount(np.concatenate(visits), minlength=8)
-    assert (count[[3, 5, 7]] == 300).all()
-    assert count[[0, 2, 4]] == pytest.approx(100, abs=35) and count[[1, 6]] == pytest.approx(150, abs=35)
-    assert epoch(index(8, batch=5, group=group), 299) == visits[299]
+# --- what is kept apart -----------------------------------------------------------------------------------------------
+
+
+def batches_of(batches, number):
+    return np.reshape(epoch(batches, number), (batches.steps_per_epoch, batches.batch))
+
+
+def test_what_shares_a_name_never_meets_in_a_batch_and_is_visited_all_the_same():
+    names = np.array(["a", "b", "a", "c", "a", "d", "b", "e", "f", "g", "h", "i"])
+    batches = index(12, batch=4, apart=names)
+    assert batches.steps_per_epoch == 3
+    for number in range(50):
+        visits = batches_of(batches, number)
+        assert sorted(visits.flatten().tolist()) == list(range(12))
+        assert all(len(set(names[batch])) == 4 for batch in visits)
+    assert epoch(batches, 0) != epoch(batches, 1) != epoch(index(12, batch=4, apart=names, seed=2), 1)
+
+
+def test_of_a_name_that_more_items_bear_than_there_are_batches_others_come_each_time():
+    names = [0] * 30 + [1, 2, 3, 4, 5, 6]
+    batches = index(36, batch=3, apart=names)
+    # s batches hold min(30, s) + 6 items: as many as 3 s for s = 3, and fewer beyond
+    assert batches.steps_per_epoch == 3
+    count = np.zeros(36)
+    for number in range(300):
+        visits = batches_of(batches, number)
+        assert all(len({names[item] for item in batch}) == 3 for batch in visits)
+        count += np.bincount(visits.flatten(), minlength=36)
+    assert (count[30:] == 300).all() and count[:30] == pytest.approx(30, abs=20)
+
+
+def test_names_that_all_differ_change_nothing():
+    assert epoch(index(23, apart=np.arange(23)), 2) == epoch(index(23), 2)
+
+
+def test_sharing_links_what_has_an_entry_in_common_over_any_number_of_steps():
+    texts = [["x", "y"], ["y"], ["z"], ["w", "q"], ["q"]]
+    files = [["1"], ["2"], ["2"], ["3"], ["4"]]
+    assert sharing(texts, files).tolist() == [0, 0, 0, 3, 3]
+    assert sharing(texts).tolist() == [0, 0, 2, 3, 3]
+    chain = [[f"{i}", f"{i + 1}"] for i in range(40)]
+    assert set(sharing(chain[::-1]).tolist()) == {0}
+    assert sharing([["1"], ["a"]], [["b"], ["1"]]).tolist() == [0, 1], "an entry of another column is another"
+
+
+# --- how often --------------------------------------------------------------------------------------------------------
+
+
+def test_a_share_is_the_part_of_the_epochs_in_which_an_item_is_visited():
+    shares = np.array([1.0, 1.0, 0.5, 0.25, 0.1, 0.0] * 10)
+    batches = index(60, batch=4, shares=shares)
+    assert batches.steps_per_epoch == int(shares.sum()) // 4 == 7
+    seen = []
+    for number in range(200):
+        visits = epoch(batches, number)
+        assert len(set(visits)) == len(visits) == 28
+        seen.append(np.bincount(batches._epoch(number), minlength=60))
+    share = np.mean(seen, 0)
+    assert (share[shares == 1] == 1).all() and (share[shares == 0] == 0).all()
+    assert share == pytest.approx(shares, abs=0.015), "spread evenly, not drawn anew: a coin would stray by .1"
+    other = index(60, batch=4, shares=shares, seed=5)
+    assert set(other._epoch(0)) != set(batches._epoch(0))
+    assert epoch(index(60, batch=4, shares=shares), 7) == epoch(batches, 7)
+
+
+def test_shares_and_names_go_together():
+    draw = np.random.default_rng(0)
+    names, shares = draw.integers(0, 25, 80), draw.random(80)
+    batches = Batches({"at": np.arange(80)}, batch=6, seed=0, apart=names, shares=shares)
+    for number in range(40):
+        visits = batches_of(batches, number)
+        assert len(set(visits.flatten().tolist())) == visits.size
+        assert all(len(set(names[batch])) == 6 for batch in visits)
+
+
+def test_a_weighted_choice_draws_in_proportion_and_never_what_weighs_nothing():
+    weights = np.array([1.0, 0.5, 0.0, 0.0, 0.25, 0.25])
+    batches = Batches({"x": Choice(np.arange(6), np.array([0, 3, 6]), weights)}, batch=2, seed=0)
+    count = np.bincount([int(x) for step in range(1500) for x in batches[step]["x"]], minlength=6) / 1500
+    assert count == pytest.approx([2 / 3, 1 / 3, 0, 0, 0.5, 0.5], abs=0.04)
+    assert count[2] == count[3] == 0
+
+
+def test_columns_of_other_numbers_of_candidates_draw_apart():
+    columns = {
+        "view": Choice(np.tile(np.arange(4), 8), np.arange(9) * 4),
+        "text": Choice(np.tile(np.arange(5), 8), np.arange(9) * 5),
+    }
+    batches = Batches(columns, batch=8, seed=0)
+    met = {pair for step in range(100) for pair in zip(*(batches[step][n].tolist() for n in columns), strict=True)}
+    assert len(met) == 20, "every view meets every text"
 
 
 def test_of_several_captions_each_visit_draws_one():
@@ -105,8 +186,14 @@ def test_a_choice_is_uniform():
 def test_too_few_items_and_columns_of_other_lengths_say_so():
     with pytest.raises(DataError, match="A batch of 64 needs as many items; there are 20"):
         index(batch=64)
-    with pytest.raises(DataError, match="A batch of 4 needs as many groups; there are 3"):
-        index(4, group=[0, 0, 1, 2])
+    with pytest.raises(DataError, match="A batch of 4 needs as many distinct items; there are 3"):
+        index(4, apart=[0, 0, 1, 2])
+    with pytest.raises(DataError, match="there are 8, 3 of them in an epoch"):
+        index(8, shares=[0.375] * 8)
+    with pytest.raises(DataError, match=r"a number from 0 to 1; got 1\.5"):
+        index(4, shares=[1, 1, 1.5, 1])
+    with pytest.raises(DataError, match="Item 1 has no candidate"):
+        Choice(np.arange(2), np.array([0, 1, 2]), np.array([1.0, 0.0]))
     with pytest.raises(DataError, match="one length"):
         Batches({"a": np.arange(3), "b": [1, 2]}, batch=1, seed=0)
     with pytest.raises(DataError, match="'text': Item 1 has no candidate"):
@@ -163,7 +250,7 @@ def test_batches_by_class_are_a_function_of_the_step_and_shared_out(monkeypatch)
 def test_runs_that_make_no_batch_say_so():
     with pytest.raises(UsageError, match="batch=8 is not made of runs of each=3"):
         by_class([0, 1] * 8, each=3)
-    with pytest.raises(UsageError, match="by group or by class"):
-        by_class([0, 1] * 8, group=range(16))
+    with pytest.raises(UsageError, match="by class, or by what is kept apart"):
+        by_class([0, 1] * 8, apart=range(16))
     with pytest.raises(DataError, match="one length"):
         Batches({"at": np.arange(3)}, batch=1, seed=0, classes=[0, 1])

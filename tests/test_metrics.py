@@ -13,8 +13,11 @@ from twofold.measure.metrics import (
     Interval,
     accuracy,
     accuracy_chance,
+    average_precision,
     bootstrap,
     first_ranks,
+    ndcg,
+    positive_ranks,
     recall_at_k,
     recall_chance,
     row_blocks,
@@ -280,3 +283,55 @@ def test_alignment_runs_from_0_to_4():
     assert alignment(torch.eye(2), torch.eye(2).flip(0)) == pytest.approx(2)
     with pytest.raises(DataError, match=r"\(10, 4\) and \(9, 4\)"):
         alignment(z, z[:9])
+
+
+# All positives.
+
+
+def slow_order(scores: list[float], own: list[int]) -> list[int]:
+    """The ranks of a query's positives where every tie goes to the other items."""
+    order = sorted(range(len(scores)), key=lambda item: (-scores[item], item in own))
+    return [1 + place for place, item in enumerate(order) if item in own]
+
+
+def test_ranks_of_all_positives_equal_sorting_with_ties_against_them():
+    scores = (noise(40, 25) * 2).round() / 2  # many ties
+    generator = np.random.default_rng(0)
+    positives = [generator.choice(25, generator.integers(1, 7), replace=False).tolist() for _ in range(40)]
+    found = positive_ranks(scores, positives)
+    for query, own in enumerate(positives):
+        assert found.rank[found.query == query].tolist() == slow_order(scores[query].tolist(), own)
+        assert found.place[found.query == query].tolist() == list(range(1, len(own) + 1))
+    assert found.rank[found.place == 1].tolist() == first_ranks(scores, positives).tolist()
+
+
+def test_average_precision_and_ndcg_worked_by_hand():
+    # Positives at ranks 1 and 3 of four: (1/1 + 2/3)/2, and (1 + 1/log₂4)/(1 + 1/log₂3).
+    found = positive_ranks(torch.tensor([[0.9, 0.8, 0.7, 0.1]]), [[0, 2]])
+    assert average_precision(found).item() == pytest.approx((1 + 2 / 3) / 2)
+    assert ndcg(found).item() == pytest.approx(1.5 / (1 + 1 / math.log2(3)))
+    assert ndcg(found, k=2).item() == pytest.approx(1 / (1 + 1 / math.log2(3)))
+
+
+def test_average_precision_and_ndcg_are_scikit_learns():
+    metrics = pytest.importorskip("sklearn.metrics")
+    scores, generator = noise(30, 50), np.random.default_rng(1)
+    positives = [generator.choice(50, generator.integers(1, 20), replace=False).tolist() for _ in range(30)]
+    found = positive_ranks(scores, positives)
+    truth = np.array([[item in own for item in range(50)] for own in positives])
+    expected = [metrics.average_precision_score(t, s) for t, s in zip(truth, scores.numpy(), strict=True)]
+    assert average_precision(found).tolist() == pytest.approx(expected)
+    expected = [metrics.ndcg_score(t[None], s[None], k=10) for t, s in zip(truth, scores.numpy(), strict=True)]
+    assert ndcg(found).tolist() == pytest.approx(expected)
+
+
+def test_with_one_positive_average_precision_is_one_over_its_rank():
+    scores = noise(20, 30)
+    found = positive_ranks(scores, [[i] for i in range(20)])
+    assert average_precision(found).tolist() == pytest.approx((1 / found.rank.double()).tolist())
+
+
+def test_a_collapsed_encoder_has_no_precision():
+    found = positive_ranks(torch.ones(1, 100), [[3, 50]])
+    assert found.rank.tolist() == [99, 100]
+    assert ndcg(found).item() == 0

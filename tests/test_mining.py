@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from twofold import mining
-from twofold.mining import Triplets, batch_all, batch_hard, distance_weighted, semi_hard
+from twofold.mining import Triplets, batch_all, batch_hard, distance_weighted, semi_hard, triplets
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 3, 1, 2, 0, 1, 0])  # 3 is alone
 
@@ -71,7 +70,7 @@ def test_where_no_triplet_is_valid_there_is_none(mine, labels):
 @each_miner
 def test_blocks_of_anchors_find_what_one_table_finds(mine, monkeypatch):
     whole = mine(embeddings(), LABELS)
-    monkeypatch.setattr(mining, "BLOCK", 5 * len(LABELS))
+    monkeypatch.setattr(triplets, "BLOCK", 5 * len(LABELS))
     assert all(map(torch.equal, whole, mine(embeddings(), LABELS)))
 
 

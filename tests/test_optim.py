@@ -97,6 +97,26 @@ def test_what_is_frozen_is_not_optimised():
     assert sum(len(group["params"]) for group in groups) == 1
 
 
+@pytest.mark.parametrize("name", ["adamw", "lars", "sgd"])
+def test_parts_of_a_method_have_rates_of_their_own_and_the_longest_start_wins(name):
+    module = nn.ModuleDict({"image": nn.Linear(2, 2), "text": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))})
+    chosen = Optimizer(name=name, lr=0.1, warmup=3, factors={"text.": 0.01, "text.1.": 0.0})
+    optimizer = chosen.build(module)
+    for step in range(6):
+        rate = chosen.schedule(optimizer, step, steps=6)
+        rates = {id(p): group["lr"] / rate for group in optimizer.param_groups for p in group["params"]}
+        wanted = {"image": 1.0, "text.0": 0.01, "text.1": 0.0}
+        assert all(
+            rates[id(p)] == pytest.approx(wanted[key.rpartition(".")[0]]) for key, p in module.named_parameters()
+        )
+    for group in optimizer.param_groups:
+        assert all((p.ndim < 2) == (group["weight_decay"] == 0) for p in group["params"])
+    with pytest.raises(UsageError, match="starts with 'sound'"):
+        Optimizer(factors={"sound": 0.1}).build(module)
+    with pytest.raises(UsageError, match="must not be negative"):
+        Optimizer(factors={"text": -0.1})
+
+
 def test_unknown_optimizers_and_impossible_rates_are_refused():
     with pytest.raises(UsageError, match="adam"):
         Optimizer(name="adam")  # type: ignore[arg-type]

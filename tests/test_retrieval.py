@@ -114,3 +114,43 @@ def test_what_does_not_fit_is_named():
         retrieval(x, x, [[0]] * 4, ks=(0, 1))
     with pytest.raises(DataError, match="Row 1 of the embeddings is not finite"):
         retrieval(x, np.where(np.arange(4)[:, None] == 1, np.nan, x), [[0]] * 4)
+
+
+def test_all_positives_count_for_map_and_ndcg_whatever_the_block():
+    images, texts, _, captions_of = captioned()
+    cosines = np.array([[i @ t / np.linalg.norm(i) / np.linalg.norm(t) for t in texts] for i in images.astype(float)])
+    precisions, gains = [], []
+    for row, own in zip(cosines, captions_of, strict=True):
+        ranks = sorted(1 + int((row > row[item]).sum()) for item in own)
+        precisions.append(np.mean([(place + 1) / rank for place, rank in enumerate(ranks)]))
+        ideal = sum(1 / np.log2(1 + place) for place in range(1, len(own) + 1))
+        gains.append(sum(1 / np.log2(1 + rank) for rank in ranks if rank <= 10) / ideal)
+    for cells in (1, 200, 2**24):
+        found = retrieval(images, texts, captions_of, cells=cells)
+        assert found.map.value == pytest.approx(np.mean(precisions))
+        assert found.ndcg.value == pytest.approx(np.mean(gains))
+        assert found.precisions == pytest.approx(precisions)
+
+
+def test_groups_of_queries_are_measured_against_the_whole_gallery():
+    images, texts, owner, _ = captioned()
+    positives = [[i] for i in owner]
+    by = [None if i == 0 else "odd" if i % 2 else "even" for i in owner]
+    found = retrieval(texts, images, positives, by=by, groups=owner)
+    assert list(found.by) == ["even", "odd"]
+    for name, part in found.by.items():
+        rows = [row for row, group in enumerate(by) if group == name]
+        alone = retrieval(texts[rows], images, [positives[row] for row in rows], groups=owner[rows])
+        assert part.ranks.tolist() == alone.ranks.tolist() == found.ranks[rows].tolist()
+        assert part.recall == alone.recall
+        assert part.chance == alone.chance
+        assert part.gallery == len(images)
+    with pytest.raises(DataError, match="60 queries, 3 groups"):
+        retrieval(texts, images, positives, by=["a", "b", "c"])
+
+
+def test_a_penalty_is_taken_off_the_cosines_of_its_item():
+    # Cosines of the query .8 and .6; with .3 off the first, the second leads.
+    query, gallery = np.array([[0.8, 0.6]]), np.eye(2)
+    assert retrieval(query, gallery, [[1]], ks=(1,)).ranks.tolist() == [2]
+    assert retrieval(query, gallery, [[1]], ks=(1,), penalty=np.array([0.3, 0.0])).ranks.tolist() == [1]

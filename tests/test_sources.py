@@ -13,7 +13,7 @@ from PIL import Image
 
 from twofold.data import sources
 from twofold.data.decode import decode
-from twofold.data.sources import Source, content_key, open_source
+from twofold.data.sources import Column, Source, content_key, open_source
 from twofold.errors import DataError, UsageError
 
 
@@ -309,8 +309,8 @@ def test_equal_content_has_equal_keys_wherever_it_lies(tmp_path):
     texts = Source("x", ["a", "b", "c"], texts=[["p", "q"], ["p", "q"], ["pq"]]).keys("text")
     assert texts[0] == texts[1] != texts[2]
     assert Source("x", ["a"], texts=[["p"]]).keys("text") == [content_key("p")]
-    with pytest.raises(UsageError, match="image, text"):
-        Source("x", ["a"]).keys("sound")
+    with pytest.raises(DataError, match=r"no modality 'sound': its modalities are text \(text\)"):
+        Source("x", ["a"], texts=[["p"]]).keys("sound")
 
 
 def test_a_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
@@ -333,3 +333,89 @@ def test_a_damaged_memory_of_hashes_or_a_lost_file_costs_nothing_but_time(photos
     (cache / "files.sqlite").write_bytes(b"this is no database" * 100)
     source = open_source(csv(photos, "image\na.png\ngone.png\n"))
     assert source.keys()[0] == content_key(png(0)) != source.keys()[1]
+
+
+# -- Further modalities --
+
+
+def test_a_column_becomes_a_modality_of_the_kind_that_is_said(tmp_path):
+    for name in ("a.ogg", "b.ogg"):
+        (tmp_path / name).write_bytes(name.encode())
+    rows = "id,text,voice,code,note\n1,one,a.ogg,x = 1,p\n1,two,a.ogg,x = 1,p\n2,three,b.ogg,,q\n"
+    source = open_source(csv(tmp_path, rows), columns={"voice": "audio", "code": "text"})
+    assert source.modalities == {"text": "text", "voice": "audio", "code": "text"}
+    assert source.column("voice") == ("audio", [tmp_path / "a.ogg", tmp_path / "b.ogg"])
+    assert source.texts == [["one", "two"], ["three"]] and source.column("text").cells == source.texts
+    assert source.column("code") == ("text", [["x = 1"], []]), "a code that stands beside both captions is one code"
+    assert source.meta == {"note": ["p", "q"]}
+    assert source.keys("voice") == [content_key(b"a.ogg"), content_key(b"b.ogg")]
+    assert source.keys("code")[0] == content_key("x = 1")
+    assert source.take([1]).column("voice").cells == [tmp_path / "b.ogg"]
+
+
+@pytest.mark.parametrize("name", ["audio", "sound", "speech", "recording", "path", "file"])
+def test_a_column_of_sound_files_is_known_by_its_name(tmp_path, name):
+    (tmp_path / "a.ogg").write_bytes(b"a")
+    source = open_source(csv(tmp_path, f"{name},transcript\na.ogg,hello\na.ogg,again\n"))
+    assert source.modalities == {"text": "text", "audio": "audio"} and source.ids == ["a.ogg"]
+    assert source.texts == [["hello", "again"]] and source.column("audio").cells == [tmp_path / "a.ogg"]
+
+
+def test_words_and_numbers_under_such_names_stay_what_they_are(photos):
+    source = open_source(csv(photos, "image,sound,embedding\na.png,loud,0.3\nb.png,none,0.4\n"))
+    assert source.modalities == {"image": "image"}
+    assert source.meta == {"sound": ["loud", "none"], "embedding": ["0.3", "0.4"]}
+
+
+def test_a_folder_of_sounds_opens_as_one_of_pictures_does(tmp_path):
+    for name in ("train/cat/1.wav", "test/dog/2.ogg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"")
+    source = open_source(tmp_path)
+    assert source.modalities == {"audio": "audio"} and source.classes == ("cat", "dog")
+    assert source.splits == ["test", "train"]
+
+
+def test_vectors_come_as_arrays_as_lists_and_as_a_file_beside_a_table(photos):
+    vectors = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    np.save(photos / "v.npy", vectors)
+    np.savez(photos / "v.npz", ids=np.array(["x", "y", "z"]), vectors=vectors)
+    np.savez(photos / "two.npz", left=vectors, right=vectors[:, :2], label=np.array([0, 1, 0]))
+    pq.write_table(pa.table({"embedding": list(vectors), "text": ["a", "b", "c"]}), photos / "v.parquet")
+    table = csv(photos, "image,text\na.png,x\nb.png,y\nimages/c.png,z\n")
+    for source in (
+        open_source(photos / "v.npy"),
+        open_source(photos / "v.npz"),
+        open_source(photos / "v.parquet"),
+        open_source(table, columns={"vector": photos / "v.npy"}),
+    ):
+        assert source.column("vector").kind == "vector" and len(set(source.keys("vector"))) == 3
+        np.testing.assert_array_equal(np.stack(source.column("vector").cells), vectors)
+    assert open_source(photos / "v.npz").ids == ["x", "y", "z"]
+    two = open_source(photos / "two.npz", columns={"left": "vector", "right": "vector"})
+    assert two.modalities == {"left": "vector", "right": "vector"} and two.labels.tolist() == [0, 1, 0]
+    with pytest.raises(DataError, match="has 3 rows and the table 2"):
+        open_source(csv(photos, "image\na.png\nb.png\n"), columns={"vector": photos / "v.npy"})
+    np.savez(photos / "odd.npz", left=vectors, right=vectors[:2])
+    with pytest.raises(DataError, match="different lengths"):
+        open_source(photos / "odd.npz")
+
+
+def test_what_no_modality_can_be_made_of_is_told(photos):
+    path = csv(photos, "image,spech,note\na.png,x.ogg,1\n")
+    with pytest.raises(UsageError, match="Did you mean 'spech'"):
+        open_source(path, columns={"speech": "audio"})
+    with pytest.raises(UsageError, match="Did you mean 'audio'"):
+        open_source(path, columns={"spech": "adio"})
+    with pytest.raises(DataError, match=r"none of its 1 sounds exist, for instance .*x\.ogg"):
+        open_source(path, columns={"spech": "audio"})
+    with pytest.raises(UsageError, match="'image' is taken for images"):
+        open_source(path, columns={"image": "text"})
+    with pytest.raises(UsageError, match="goes with a manifest"):
+        open_source(photos, columns={"speech": "audio"})
+    with pytest.raises(DataError, match=r"no modality 'speech': its modalities are image \(image\)"):
+        open_source(path).column("speech")
+    with pytest.raises(UsageError, match="given as images= or texts="):
+        Source("x", ["a"], columns={"text": Column("text", [["p"]])})
+    with pytest.raises(DataError, match="1 ids and 2 speech"):
+        Source("x", ["a"], columns={"speech": Column("audio", [b"", b""])})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from twofold.errors import FingerprintMismatch, StoreError, UsageError
-from twofold.retrieve.store import ChromaStore, ExactStore, parse_where, scalars
+from twofold.retrieve.store import ChromaStore, ExactStore, Hit, parse_where, scalars
 
 STORES = {
     "exact": lambda path, dim: ExactStore(fingerprint="f", dim=dim),
@@ -62,9 +62,9 @@ def test_upsert_replaces_vector_and_metadata_as_a_whole(store):
     store.upsert(["a", "b"], np.eye(4)[:2], [{"x": 1, "gone": "yes"}, {}])
     store.upsert(["b", "a"], np.eye(4)[2:], [{"y": 2}, {"x": 3}])
     hit = store.query(np.eye(4)[3], 1)[0]
-    assert hit == ("a", 1.0, {"x": 3})
+    assert hit == Hit("a", 1.0, {"x": 3})
     store.upsert(["a"], np.eye(4)[:1], [{}])
-    assert store.query(np.eye(4)[0], 1)[0] == ("a", 1.0, {})
+    assert store.query(np.eye(4)[0], 1)[0] == Hit("a", 1.0, {})
     assert len(store) == 2
 
 
@@ -253,6 +253,7 @@ class Dictionary(RuleBasedStateMachine):
     def the_same_items(self):
         assert len(self.store) == len(self.model)
         assert self.store.ids() == sorted(self.model)
+        assert self.store.meta(list(self.model)) == [row for _, row in self.model.values()]
 
     def teardown(self):
         self.store.close()

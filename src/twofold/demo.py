@@ -27,8 +27,8 @@ QUERIES: tuple[dict[str, Any], ...] = (
     {"text": "something sweet"},
     {"text": "a red heart"},
     {"text": "feeling sick"},
-    {"id": "1F436"},  # dog face
-    {"id": "1F34E", "text": "green"},  # red apple
+    {"like": "1F436"},  # dog face
+    {"like": "1F34E", "text": "green"},  # red apple
 )
 SHOWN = 6  # hits a query
 
@@ -112,7 +112,7 @@ def _paired(bundle: Bundle, test: Source) -> Paired:
 
 def _asked(query: dict[str, str], emoji: Source) -> str:
     """The query as a person would put it."""
-    at = emoji.ids.index(query["id"]) if "id" in query else None
+    at = emoji.ids.index(query["like"]) if "like" in query else None
     picture = None if at is None else f"picture of {emoji.meta['emoji'][at]}"
     words = f"“{query['text']}”" if "text" in query else None
     return " + ".join(part for part in (picture, words) if part)
@@ -150,7 +150,7 @@ def _figures(paired: Paired) -> dict[str, Any]:
             "median_rank": found.median_rank,
             "gallery": found.gallery,
         }
-        for direction, found in paired._asdict().items()
+        for direction, found in paired.items()
     }
 
 

@@ -5,9 +5,13 @@ from collections.abc import Iterable, Mapping
 from rich.console import Console
 from rich.table import Table
 
-from twofold.measure.evaluate import Evaluation, Labels, Paired
+from twofold.measure.calibrate import Calibrated
+from twofold.measure.evaluate import Evaluation, Labels, Paired, Space
+from twofold.measure.hubness import Gap
 from twofold.measure.metrics import Interval
 from twofold.measure.policy_audit import Audit, Finding
+from twofold.measure.retrieval import Retrieval
+from twofold.measure.zero_shot import ZeroShot
 from twofold.retrieve.store import Hit
 from twofold.train.compare_policies import Comparison
 
@@ -31,8 +35,15 @@ def evaluation_tables(measured: Evaluation) -> Iterable[Table]:
     """One table for labels, one for retrieval; intervals are 95 % bootstrap."""
     if measured.labels is not None:
         yield labels_table(measured.labels)
+    if measured.zero_shot is not None:
+        yield zero_shot_table(measured.zero_shot)
     if measured.paired is not None:
         yield recall_table({"": measured.paired})
+        yield ranking_table(measured.paired)
+        yield from (groups_table(way, found) for way, found in measured.paired.items() if found.by)
+    if measured.space is not None:
+        yield space_table(measured.space)
+        yield gap_table(measured.space.gap)
 
 
 def labels_table(labels: Mapping[str, Labels]) -> Table:
@@ -45,26 +56,101 @@ def labels_table(labels: Mapping[str, Labels]) -> Table:
 def recall_table(measured: Mapping[str, Paired]) -> Table:
     """Recall both ways and median rank for each of `measured`, and the recall of a random order beneath."""
     first = next(iter(measured.values()))
-    ks = list(first.text_to_image.recall)
+    ks = list(next(iter(first.values())).recall)
     made = table("held-out recall", *(f"R@{k}" for k in ks), "rank")
-    for direction, words in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
+    for way, one in first.items():
         for name, paired in measured.items():
-            found = getattr(paired, direction)
+            found = paired[way]
             made.add_row(
-                f"{words} {name}".strip(), *(interval(found.recall[k]) for k in ks), f"{found.median_rank:.0f}"
+                f"{arrow(way)} {name}".strip(),
+                *(interval(found.recall[k]) for k in ks),
+                f"{found.median_rank:.0f}",
             )
-        chance = getattr(first, direction).chance
-        made.add_row(f"[dim]{words} chance[/dim]", *(f"[dim]{chance[k]:.3f}        [/dim]" for k in ks), "")
+        made.add_row(f"[dim]{arrow(way)} chance[/dim]", *(f"[dim]{one.chance[k]:.3f}        [/dim]" for k in ks))
     return made
+
+
+def groups_table(way: str, found: Retrieval) -> Table:
+    """Recall of the queries of each group, against the same gallery."""
+    made = table(arrow(way), "queries", *(f"R@{k}" for k in found.recall))
+    for name, part in found.by.items():
+        named = name if len(name) <= 20 else f"{name[:19]}⋯"
+        made.add_row(named, str(len(part.ranks)), *(interval(recall) for recall in part.recall.values()))
+    return made
+
+
+def zero_shot_table(found: ZeroShot) -> Table:
+    made = table("zero-shot", "accuracy", "top 5", "chance")
+    made.add_row(" · ".join(found.templates), interval(found.accuracy), interval(found.top5), f"{found.chance:.3f}")
+    return made
+
+
+def ranking_table(paired: Paired) -> Table:
+    """What the order as a whole is worth, all positives counted."""
+    made = table("all positives", "mAP", "nDCG@10")
+    for way, found in paired.items():
+        made.add_row(arrow(way), interval(found.map), interval(found.ndcg))
+    return made
+
+
+def space_table(space: Space) -> Table:
+    """How unevenly queries fall upon items, and the modality gap."""
+    k = next(iter(space.hubness.values())).k
+    made = table(f"hubs of first {k}", "skewness", "left out", "by chance", "worst")
+    for way, found in space.hubness.items():
+        name, count = space.hubs[way][0]
+        worst = f"{count}× {name if len(name) <= 20 else '⋯' + name[-19:]}"
+        made.add_row(arrow(way), f"{found.skewness:.2f}", f"{found.anti_hubs:.1%}", f"{found.chance:.1%}", worst)
+    return made
+
+
+def gap_table(gap: Gap) -> Table:
+    made = table("modality gap", "between means", "of squared distances", "norms of the means")
+    made.add_row("", f"{gap.distance:.3f}", f"{gap.share:.0%}", " ".join(f"{norm:.2f}" for norm in gap.norms))
+    return made
+
+
+def calibration_tables(done: Calibrated) -> Iterable[Table]:
+    """What remedies gained, and how far promises hold."""
+    if done.tried:
+        made = table("gain in points", "R@1", "R@10", "mAP")
+        for remedy in done.tried:
+            assert remedy.gain is not None
+            gain = [remedy.gain.recall[1], remedy.gain.recall[10], remedy.gain.map]
+            taken = " (taken)" if done.calibration.remedy is remedy else ""
+            figures = (f"{100 * g.value:+.1f} [dim]{100 * g.low:+.1f} {100 * g.high:+.1f}[/dim]" for g in gain)
+            made.add_row(f"{remedy.kind}{taken}", *figures)
+        yield made
+    made = table(f"hits, {arrow(done.way)}", "ECE", "Brier")
+    if done.raw is not None:
+        made.add_row("SigLIP's sigmoid, training odds", interval(done.raw.ece), interval(done.raw.brier))
+    made.add_row(f"{done.calibration.kind}, cross-validated", interval(done.honesty.ece), interval(done.honesty.brier))
+    yield made
+    made = table("no good match below", "costs, of true queries")
+    made.add_row(f"{done.calibration.threshold:.3f}", f"{done.calibration.cost:.0%}")
+    yield made
+
+
+def arrow(way: str) -> str:
+    """ "text_to_image" for people."""
+    return way.replace("_to_", " → ")
 
 
 def hits_table(hits: Iterable[Hit]) -> Table:
     made = Table(box=None, padding=(0, 2), pad_edge=True)
-    for column in ("score", "id", "what"):
-        made.add_column(column, justify="right" if column == "score" else "left")
+    hits = list(hits)
+    sure = any(hit.probability is not None for hit in hits)
+    for column in ("probability", "score", "id", "what") if sure else ("score", "id", "what"):
+        made.add_column(column, justify="right" if column in ("score", "probability") else "left")
     for hit in hits:
-        made.add_row(f"{hit.score:.3f}", hit.id, described(hit))
+        promised = [] if not sure or hit.probability is None else [percent(hit.probability)]
+        made.add_row(*promised, f"{hit.score:.3f}", hit.id, described(hit))
     return made
+
+
+def percent(p: float) -> str:
+    """A probability as a person reads it; no finite sample shows 0 or 100."""
+    return "< 1 %" if p < 0.01 else "> 99 %" if p > 0.99 else f"{100 * p:.0f} %"
 
 
 def described(hit: Hit) -> str:

@@ -15,13 +15,14 @@ from twofold.methods import METHODS, Method, Out
 from twofold.models.bundle import Bundle
 from twofold.models.encoders import ImageEncoder, image_encoder
 from twofold.models.heads import Head
+from twofold.models.predictor import Blocks
 from twofold.train.checkpoint import load
 from twofold.train.loop import fit
 from twofold.train.optim import Optimizer
 from twofold.views import SIMCLR_CIFAR
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods"
-N, BATCH, SIZE, WIDTH = 64, 16, 16, 24
+N, BATCH, SIZE, WIDTH, FRAMES = 64, 16, 16, 24, 4
 POLICY = replace(
     SIMCLR_CIFAR, size=SIZE, area=(0.5, 1.0), jitter=0.2, gray=0.0
 )  # mild: there are few steps to learn in
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.parametrize("name", METHODS)
 
 
 def of_pictures(name: str) -> bool:
-    return "image" in METHODS[name].needs and "text" not in METHODS[name].needs
+    return "text" not in METHODS[name].needs  # single ones, or clips of them
 
 
 def make(name: str) -> Method:
@@ -37,15 +38,16 @@ def make(name: str) -> Method:
     torch.manual_seed(0)
     if not of_pictures(name):
         return METHODS[name]({"image": nn.Linear(WIDTH, 8), "text": nn.Linear(WIDTH, 8)})
-    encoder = image_encoder("timm:resnet18/8", size=SIZE, small_stem=True)
-    small = {
-        parameter.name: replace(parameter.default, hidden=64, dim=32)
-        for parameter in inspect.signature(METHODS[name]).parameters.values()
-        if isinstance(parameter.default, Head)
-    }
-    if "queue" in inspect.signature(METHODS[name]).parameters:
-        small["queue"] = 4 * BATCH
-    return METHODS[name](encoder, policies=(POLICY, POLICY), **small)
+    defaults = {key: p.default for key, p in inspect.signature(METHODS[name]).parameters.items()}
+    heads = {key: replace(head, hidden=64, dim=32) for key, head in defaults.items() if isinstance(head, Head)}
+    small = heads | {key: Blocks(2, 32, 2) for key, blocks in defaults.items() if isinstance(blocks, Blocks)}
+    if len(small) == len(heads):
+        encoder = image_encoder("timm:resnet18/8", size=SIZE, small_stem=True)
+    else:  # what is masked are patches
+        encoder = image_encoder("timm:vit_tiny_patch16_224/2x32x2", size=SIZE)
+    short = {"queue": 4 * BATCH, "frames": FRAMES}
+    small |= {key: value for key, value in short.items() if key in defaults}
+    return METHODS[name](encoder, policies=(POLICY,) * len(defaults["policies"]), **small)
 
 
 def batches(name: str, *, batch: int = BATCH) -> Batches:
@@ -54,7 +56,9 @@ def batches(name: str, *, batch: int = BATCH) -> Batches:
         label = torch.arange(N) % 8
         coarse = torch.rand(8, 3, 2, 2, generator=draw)[label] + torch.rand(N, 3, 2, 2, generator=draw)
         pictures = nn.functional.interpolate(coarse / 2, SIZE, mode="bilinear")  # blotches that survive a crop
-        columns = {"image": (pictures * 255).byte(), "label": label}
+        image = (pictures * 255).byte()
+        clip = torch.stack([image.roll(frame, -1) for frame in range(FRAMES)], 1)
+        columns = {"image": image, "clip": clip, "label": label}
         return Batches({column: columns[column] for column in METHODS[name].needs}, batch=batch, seed=0)
     common = torch.randn(N, WIDTH, generator=draw)
     columns = {side: common + 0.1 * torch.randn(N, WIDTH, generator=draw) for side in METHODS[name].needs}
@@ -152,5 +156,5 @@ def test_its_page_states_the_defaults_of_the_paper(name):
         stated = table.get(f"`{parameter.name}`")
         if isinstance(parameter.default, int | float):  # True and False too
             assert stated is not None and float(eval(stated)) == parameter.default
-        if isinstance(parameter.default, Head):
-            assert stated is not None and eval(stated.strip("`"), {"Head": Head}) == parameter.default
+        if isinstance(parameter.default, Head | Blocks):
+            assert stated is not None and eval(stated.strip("`"), {"Head": Head, "Blocks": Blocks}) == parameter.default

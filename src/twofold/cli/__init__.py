@@ -8,6 +8,7 @@ import inspect
 import sys
 
 from twofold.cli.align import align
+from twofold.cli.calibrate import calibrate
 from twofold.cli.demo import demo
 from twofold.cli.embed import embed
 from twofold.cli.evaluate import evaluate
@@ -15,6 +16,7 @@ from twofold.cli.flags import Verb
 from twofold.cli.index import index
 from twofold.cli.methods import methods
 from twofold.cli.search import search
+from twofold.cli.serve import key, serve
 from twofold.cli.train import train
 from twofold.cli.views import views
 from twofold.errors import TwofoldError, unknown
@@ -25,9 +27,12 @@ VERBS: dict[str, Verb] = {
     "train": train,
     "align": align,
     "evaluate": evaluate,
+    "calibrate": calibrate,
     "embed": embed,
     "index": index,
     "search": search,
+    "serve": serve,
+    "key": key,
     "methods": methods,
 }
 

@@ -5,24 +5,28 @@ from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from twofold.cli.flags import Data, Folder, OnError, call, described
+from twofold.cli.flags import Columns, Data, Folder, OnError, assigned, call, described
 from twofold.cli.show import print_evaluation, print_json, print_skipped
 
 
 def align(arguments: list[str]) -> None:
-    """Bring pictures and their texts into one space: two frozen encoders, two small heads that learn in seconds.
+    """Bring two kinds of data into one space: pictures and captions, speech and transcripts, code and documentation.
 
-    DATA is a manifest (CSV, JSONL, Parquet) with a picture and a text column, or "openmoji". Where it names splits,
-    "train" is learned from and "test" is measured.
+    DATA is a manifest (CSV, JSONL, Parquet) with a column for each side, or "openmoji". As it comes, both encoders are
+    frozen and two small heads learn in seconds; --train says what else does. Where the data name splits, "train" is
+    learned from, "val" chooses the epoch to keep, and "test" is measured.
 
     examples:
       twofold align captions.csv --out runs/b
       twofold align captions.csv --out runs/c --objective clip --epochs 40
+      twofold align captions.csv --out runs/d --train text --rates text 2e-5
+      twofold align code.jsonl --out runs/e --towers docs=minilm code=minilm --columns docs=text code=text
+      twofold align captions.csv --out runs/f --weights pairs/pairs.csv
 
     """
     from twofold.data.sources import open_source
     from twofold.measure.evaluate import evaluate
-    from twofold.train.align import Recipe
+    from twofold.train.align import TOWERS, Recipe
     from twofold.train.align import align as aligned
 
     def verb(
@@ -30,41 +34,61 @@ def align(arguments: list[str]) -> None:
         /,
         *,
         out: Folder,
+        towers: Annotated[tuple[str, ...], arg(metavar="A=ENCODER B=ENCODER")] = (),
         recipe: OmitArgPrefixes[Recipe] = Recipe(),  # noqa: B008 — frozen
-        image: str = "efficientnet-lite0",
-        text: str = "minilm",
+        columns: Columns = (),
         images: Annotated[Path | None, arg(metavar="DIR")] = None,
+        weights: Annotated[Path | None, arg(metavar="FILE")] = None,
+        negatives: Annotated[Path | None, arg(metavar="FILE")] = None,
         on_error: OnError = "skip",
         json: bool = False,
     ) -> None:
-        """
+        """Flags.
+
         Args:
-            pairs: pictures with texts
+            pairs: items with both sides
             out: the run's folder; the bundle comes to lie in it
-            image: the picture encoder
-            text: the text encoder, "minilm" or "hf:FOLDER"
-            images: where the manifest's pictures are, if not beside it
-            on_error: what to do with a picture that cannot be read
+            towers: the two modalities and their encoders, image=efficientnet-lite0 text=minilm if nothing is said
+            columns: which further columns of the manifest are modalities, each of a kind: image, text, audio, vector
+            images: where the manifest's files are, if not beside it
+            weights: a table with id and weight (and text), 0..1: the share of its visits that a pair keeps
+            negatives: hard negatives of the second side, as `twofold mine` writes them
+            on_error: what to do with a file that cannot be read
             json: print the result as JSON
         """
-        source = open_source(pairs, images=images)
-        done = aligned(source, out=out, image=image, text=text, recipe=recipe, on_error=on_error, quiet=json)
+        chosen = assigned("towers", towers) or TOWERS
+        source = open_source(pairs, images=images, columns=assigned("columns", columns))
+        done = aligned(
+            source,
+            out=out,
+            towers=chosen,
+            recipe=recipe,
+            weights=weights,
+            negatives=negatives,
+            on_error=on_error,
+            quiet=json,
+        )
         figures = {
             "bundle": str(out / "bundle"),
             "fingerprint": done.bundle.fingerprint,
             "steps": done.run.steps,
             "seconds": done.run.seconds,
             "last": done.run.log[-1],
+            "validation": {"before": done.before, "after": done.after},
         }
         measured = None
         if source.splits is not None and "test" in source.splits:
-            measured = evaluate(done.bundle, source, quiet=json)
+            measured = evaluate(done.bundle, source, between=tuple(chosen), quiet=json)
         if json:
             print_json({**figures, "evaluation": measured})
             return
         print_skipped(done.skipped)
         last = done.run.log[-1]
         print(f"  loss {last['loss']:.3f} (chance {last['chance']:.3f}) after {done.run.steps:,} steps")
+        if done.after is not None:
+            print(
+                f"  recall in validation {done.after:.3f} (step {done.run.best:,}), before training {done.before:.3f}"
+            )
         if measured:
             print_evaluation(measured)
         print(f"\n  {out / 'bundle'}\n  next: twofold index {pairs} --model {out} --out {out / 'index'}")

@@ -9,9 +9,12 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import arg
 
+from twofold.errors import UsageError
+
 Data = Annotated[str, arg(metavar="DATA")]
 Folder = Annotated[Path, arg(metavar="DIR")]
 OnError = Literal["skip", "raise"]
+Columns = Annotated[tuple[str, ...], arg(metavar="NAME=KIND …")]
 
 
 Verb = Callable[[list[str]], None]
@@ -43,12 +46,24 @@ def described(function: Callable[..., Any]) -> str:
     return (inspect.getdoc(function) or "").split("\nArgs:")[0].rstrip()
 
 
-def model_of(name: str, modality: str) -> Any:
-    """A bundle by its folder or its run's, else an encoder by its name."""
+def assigned(flag: str, words: tuple[str, ...]) -> dict[str, str]:
+    """{"image": "minilm"} of the words image=minilm."""
+    if wrong := [word for word in words if not all(word.partition("="))]:
+        raise UsageError(f"--{flag} takes NAME=VALUE, such as text=minilm; got {wrong[0]!r}.")
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
+def model_of(name: str, source: Any, modality: str) -> Any:
+    """A bundle by its folder or its run's, else an encoder by its name for a column of `source`."""
     if Path(name).exists():
         from twofold.models.bundle import Bundle
 
         return Bundle.load(name)
-    from twofold.models.encoders import image_encoder, text_encoder
+    import torch
 
-    return image_encoder(name) if modality == "image" else text_encoder(name)
+    from twofold import runtime
+    from twofold.models.encoders import encoder
+
+    torch.manual_seed(0)  # of an encoder without trained weights: the same vectors the next time
+    column = source.column(modality)
+    return encoder(name, column.kind, column=column).to(runtime.device())

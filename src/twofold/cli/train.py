@@ -83,12 +83,14 @@ def train(arguments: list[str]) -> None:
 def _options(method: type) -> type:
     """A dataclass of what a method's signature leaves to choose: its keyword-only numbers, words and heads."""
     from twofold.models.heads import Head
+    from twofold.models.predictor import Blocks
 
+    plain = (int, float, bool, str, Head, Blocks, tuple[float, float])
     hints = get_type_hints(getattr(method, "__init__"))  # noqa: B009 — a class's, not an instance's
     chosen = [
         (p.name, hints[p.name], dataclasses.field(default=p.default))
         for p in inspect.signature(method).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and (hints[p.name] in (int, float, bool, str, Head) or _is_literal(hints[p.name]))
+        if p.kind is p.KEYWORD_ONLY and (hints[p.name] in plain or _is_literal(hints[p.name]))
     ]
     return dataclasses.make_dataclass(f"{method.__name__}Options", chosen, frozen=True)
 

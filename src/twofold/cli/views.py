@@ -76,8 +76,11 @@ def views(arguments: list[str]) -> None:
             json: print the result as JSON
         """
         from twofold.data.sources import open_source
+        from twofold.errors import UsageError
         from twofold.views import policies
 
+        if min(rows, items, views, epochs, seeds) < 1:
+            raise UsageError("--rows, --items, --views, --epochs and --seeds are whole numbers from 1 up.")
         source = open_source(data)
         chosen = tuple(dataclasses.replace(one, **changes) for one in policies(policy))
         figures: dict[str, Any] = {}
@@ -89,7 +92,7 @@ def views(arguments: list[str]) -> None:
             done = audited(
                 chosen,
                 source,
-                encoder=model_of(model, "image") if model else None,
+                encoder=model_of(model, source, "image") if model else None,
                 columns=columns or None,
                 items=items,
                 views=views,

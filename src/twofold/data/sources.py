@@ -1,7 +1,7 @@
-"""What there is to learn from: items with pictures, texts, labels and splits, named but not yet decoded.
+"""What there is to learn from: items with pictures, texts, sounds, vectors, labels and splits, not yet decoded.
 
-A source is opened from a folder of images, a manifest (CSV, JSONL, Parquet), arrays (NPY, NPZ) or by the name of the
-shipped sample. However it was stored, it ends up as columns that go through one door, `_assemble`.
+A source is opened from a folder of images or sounds, a manifest (CSV, JSONL, Parquet), arrays (NPY, NPZ) or by the name
+of the shipped sample. However it was stored, it ends up as columns that go through one door, `_assemble`.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -21,19 +21,25 @@ from twofold import runtime
 from twofold.data.tables import READERS, Columns, read_json
 from twofold.errors import DataError, UsageError, unknown
 
-Modality = Literal["image", "text"]
+Kind = Literal["image", "text", "audio", "vector"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Modality = str  # the name of a column: "image", "text", "speech", …; its kind says what can be done with it
 
 IMAGE_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".gif", ".bmp", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".npy"),
 }
-ROLES = {
-    "image": ("image", "images", "filename", "file", "path"),
-    "text": ("text", "texts", "caption", "captions"),
-    "label": ("label", "labels"),
-    "split": ("split",),
-    "id": ("id", "ids"),
+AUDIO_SUFFIXES = {
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".aif", ".aiff", ".webm"),
 }
+FILES = ("filename", "file", "path")  # columns of pictures or of sounds, as their names end
+ALIASES: dict[Kind, tuple[str, ...]] = {
+    "image": ("image", "images", *FILES),
+    "text": ("text", "texts", "caption", "captions", "transcript", "transcripts", "transcription"),
+    "audio": ("audio", "sound", "speech", "recording", *FILES),
+    "vector": ("vector", "vectors", "embedding", "embeddings"),
+}
+ROLES = {"label": ("label", "labels"), "split": ("split",), "id": ("id", "ids")}
 SPLITS = {
     **{name: name for name in ("train", "val", "test")},
     "training": "train",
@@ -44,9 +50,23 @@ SPLITS = {
 }
 
 
+class Column(NamedTuple):
+    """One modality of a source: what kind of thing it is, and one cell an item.
+
+    A picture or sound is a file, its bytes or an array, a vector an array or a `.npy` file, and missing ones are empty;
+    a text cell is a sequence of texts.
+    """
+
+    kind: Kind
+    cells: Sequence
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Items of one data set, undecoded; every column is None where nothing is known, or has one entry an item."""
+    """Items of one data set, undecoded; every column is None where nothing is known, or has one entry an item.
+
+    A modality is a column by its name: "image" and "text" are `images` and `texts`, all others are in `columns`.
+    """
 
     name: str  # what it was opened from, for messages
     ids: Sequence[str]  # unique
@@ -55,11 +75,15 @@ class Source:
     labels: np.ndarray | None = None  # int64 [n], -1 where an item has none
     classes: Sequence[str] = ()  # the names of labels 0, 1, …
     splits: Sequence[str] | None = None
+    columns: Mapping[Modality, Column] = field(default_factory=dict)  # modalities that are neither image nor text
     meta: Mapping[str, Sequence] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         columns = {"images": self.images, "texts": self.texts, "labels": self.labels, "splits": self.splits}
-        for name, column in {**columns, **self.meta}.items():
+        others = {name: column.cells for name, column in self.columns.items()}
+        if taken := others.keys() & {"image", "text"}:
+            raise UsageError(f"{self.name}: the column {min(taken)!r} is given as images= or texts=, not in columns=.")
+        for name, column in {**columns, **others, **self.meta}.items():
             if column is not None and len(column) != len(self.ids):
                 raise DataError(f"{self.name} has {len(self.ids)} ids and {len(column)} {name}; they must agree.")
         if len(set(self.ids)) < len(self.ids):
@@ -71,6 +95,29 @@ class Source:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def modalities(self) -> dict[Modality, Kind]:
+        """The columns that an encoder can read, and the kind of each."""
+        own: dict[Modality, Kind] = {"image": "image"} if self.images is not None else {}
+        if self.texts is not None:
+            own["text"] = "text"
+        return own | {name: column.kind for name, column in self.columns.items()}
+
+    def column(self, modality: Modality) -> Column:
+        """The column of a modality; a DataError that says which there are."""
+        if modality in self.columns:
+            return self.columns[modality]
+        if modality == "image" and self.images is not None:
+            return Column("image", self.images)
+        if modality == "text" and self.texts is not None:
+            return Column("text", self.texts)
+        what = f"{modality}s" if modality in ("image", "text") else f"modality {modality!r}"
+        there = ", ".join(f"{name} ({kind})" for name, kind in self.modalities.items()) or "none"
+        raise DataError(
+            f"{self.name} has no {what}: its modalities are {there}. A manifest's column becomes one with "
+            f"columns={{{modality!r}: KIND}}, a kind of {', '.join(KINDS)}."
+        )
+
     def take(self, indices: Iterable[int]) -> "Source":
         """The items at these indices, in this order."""
         at = [int(index) for index in indices]
@@ -81,8 +128,9 @@ class Source:
             return column[at] if isinstance(column, np.ndarray) else [column[index] for index in at]
 
         columns = {name: rows(getattr(self, name)) for name in ("ids", "images", "texts", "labels", "splits")}
+        others = {name: Column(column.kind, rows(column.cells)) for name, column in self.columns.items()}
         meta = {name: rows(column) for name, column in self.meta.items()}
-        return Source(self.name, classes=self.classes, meta=meta, **columns)
+        return Source(self.name, classes=self.classes, columns=others, meta=meta, **columns)
 
     def split(self, name: str) -> "Source":
         """The items of one split; `val` may also be called `valid`, `validation` or `dev`."""
@@ -96,19 +144,15 @@ class Source:
         return self.take(kept)
 
     def keys(self, modality: Modality = "image") -> list[str]:
-        """What each item's picture (or texts) is, as a hash of its content: equal content, equal key.
+        """What each item's picture, sound, vector or texts are, as a hash of the content: equal content, equal key.
 
         A file is read once; its hash is remembered with its size and time of change.
         """
-        if modality not in ("image", "text"):
-            raise unknown("modality", modality, ("image", "text"))
-        column: Sequence | None = self.images if modality == "image" else self.texts
-        if column is None:
-            raise DataError(f"{self.name} has no {modality}s.")
-        if modality == "text":
-            return [content_key("\0".join(texts)) for texts in column]
-        files = _file_keys([image for image in column if isinstance(image, Path)])
-        return [files[image] if isinstance(image, Path) else content_key(image) for image in column]
+        kind, cells = self.column(modality)
+        if kind == "text":
+            return [content_key("\0".join(texts)) for texts in cells]
+        files = _file_keys([cell for cell in cells if isinstance(cell, Path)])
+        return [files[cell] if isinstance(cell, Path) else content_key(cell) for cell in cells]
 
 
 def content_key(content: bytes | str | np.ndarray) -> str:
@@ -121,13 +165,18 @@ def content_key(content: bytes | str | np.ndarray) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def open_source(path: str | Path, *, images: str | Path | None = None) -> Source:
+def open_source(
+    path: str | Path, *, images: str | Path | None = None, columns: Mapping[Modality, Kind | str | Path] | None = None
+) -> Source:
     """The items that a path stands for.
 
-    A folder of images (subfolders are labels; train, val and test at the top are splits), a folder that holds
-    train.parquet and test.parquet (or another table), a manifest (.csv .tsv .jsonl .parquet), arrays (.npy .npz), or
-    the name of the shipped sample, "openmoji". A manifest's pictures are looked for beside it, then in `images/` beside
-    it; `images` says where else.
+    A folder of images, or else of sounds (subfolders are labels; train, val and test at the top are splits), a folder
+    that holds train.parquet and test.parquet (or another table), a manifest (.csv .tsv .jsonl .parquet), arrays (.npy
+    .npz), or the name of the shipped sample, "openmoji". A manifest's files are looked for beside it, then in `images/`
+    beside it; `images` says where else.
+
+    `columns` says which further columns of a manifest are modalities: each by its name, with its kind ("image", "text",
+    "audio", "vector"), or with a `.npy` file that has one vector for each row.
     """
     if str(path) == "openmoji" and not Path(path).exists():
         from twofold.data.samples import openmoji
@@ -140,21 +189,43 @@ def open_source(path: str | Path, *, images: str | Path | None = None) -> Source
         raise DataError(f"There is no folder {images} to look for pictures in.")
     tables = _tables_of(path)
     if not tables:
-        if images is not None:
-            raise UsageError(f"images={images} goes with a manifest; {path} is a folder of pictures.")
+        if images is not None or columns:
+            given = f"images={images}" if images is not None else f"columns={', '.join(columns or ())}"
+            raise UsageError(f"{given} goes with a manifest; {path} is a folder of files.")
         return _open_folder(path)
     beside = path if path.is_dir() else path.parent
     roots = [Path(images)] if images is not None else [beside, beside / "images"]
     names: tuple[str, ...] = ()
     parts: list[tuple[Columns, str | None, str]] = []  # columns, split, what generated ids start with
     for table in tables:
-        columns, classes = READERS[table.suffix.lower()](table)
+        read, classes = READERS[table.suffix.lower()](table)
         names = names or classes
         split = _table_split(table) if path.is_dir() else None
-        parts.append((columns, split, f"{table.stem}/" if split else ""))
+        parts.append((read, split, f"{table.stem}/" if split else ""))
     if not names and (beside / "classes.json").is_file():
         names = tuple(map(str, read_json(beside / "classes.json")))
-    return _assemble(str(path), parts, roots, names)
+    kinds: dict[Modality, Kind] = {}
+    for modality, kind in (columns or {}).items():
+        if str(kind).endswith(".npy"):
+            if len(parts) > 1:
+                raise UsageError(f"{kind} cannot be laid beside {len(parts)} tables; give the vectors as a column.")
+            parts[0] = ({**parts[0][0], modality: _rows_of(Path(kind), parts[0][0])}, *parts[0][1:])
+            kind = "vector"
+        if kind not in KINDS:
+            raise unknown("kind of column", str(kind), KINDS)
+        kinds[modality] = kind  # type: ignore[assignment]  # it is one of KINDS
+    return _assemble(str(path), parts, roots, names, kinds)
+
+
+def _rows_of(path: Path, table: Columns) -> list[np.ndarray]:
+    """The vectors of a `.npy` file, one for each row of the table."""
+    if not path.is_file():
+        raise DataError(f"There is no file {path} of vectors.")
+    (vectors,) = READERS[".npy"](path)[0].values()
+    rows = len(next(iter(table.values()), ()))
+    if len(vectors) != rows:
+        raise DataError(f"{path} has {len(vectors)} rows and the table {rows}; the vectors must be one a row.")
+    return list(vectors)
 
 
 # -- Folders ----------------------------------------------------------------------------------------------------------
@@ -175,30 +246,34 @@ def _table_split(path: Path) -> str | None:
 
 
 def _open_folder(root: Path) -> Source:
-    found: list[Path] = []
+    files: list[Path] = []
     seen: set[str] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:  # links may go round in circles
             subfolders.clear()
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        names = sorted(name for name in files if not name.startswith("."))
-        found += [Path(folder, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    found = pictures or [file for file in files if file.suffix.lower() in AUDIO_SUFFIXES]
     if not found:
-        raise DataError(f"{root} holds no pictures ({' '.join(sorted(IMAGE_SUFFIXES))}), nor tables such as train.csv.")
+        raise DataError(
+            f"{root} holds no pictures ({' '.join(sorted(IMAGE_SUFFIXES))}), sounds "
+            f"({' '.join(sorted(AUDIO_SUFFIXES))}), nor tables such as train.csv."
+        )
     folders = [path.relative_to(root).parts[:-1] for path in found]
     split = all(parts and parts[0] in SPLITS for parts in folders)
     labels = [parts[split] if len(parts) > split else None for parts in folders]
     columns: Columns = {
-        "image": found,
+        "image" if pictures else "audio": found,
         # A name that is not UTF-8 cannot be printed or stored as it is.
         "id": [path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode() for path in found],
         "label": labels,
     }
     if split:
         columns["split"] = [parts[0] for parts in folders]
-    return _assemble(str(root), [(columns, "", "")], [root], ())
+    return _assemble(str(root), [(columns, "", "")], [root], (), {})
 
 
 # -- One door: columns become items -----------------------------------------------------------------------------------
@@ -209,69 +284,122 @@ def _assemble(
     parts: Sequence[tuple[Columns, str | None, str]],
     roots: Sequence[Path],
     classes: tuple[str, ...],
+    kinds: Mapping[Modality, Kind],
 ) -> Source:
-    """Items out of the rows of one or several tables; rows that share the picture (and id) are one item."""
+    """Items out of the rows of one or several tables; rows that share the picture or sound (and id) are one item."""
     columns, row_ids = _concatenate(parts)
     if not row_ids:
         raise DataError(f"{name} has no rows.")
     known = ", ".join(columns)
-    lowered = {column.strip().lower(): column for column in columns}
-    roles: dict[str, list] = {}
-    for role, aliases in ROLES.items():
-        named = [lowered[alias] for alias in aliases if alias in lowered]
-        if named:
-            roles[role] = columns.pop(named[0])
-    if not roles.keys() & {"image", "text"}:
-        raise DataError(f"{name} has neither pictures nor texts: its columns are {known}; expected `image` or `text`.")
-    # Hugging Face data sets store a picture as {"bytes": …, "path": …}.
-    cells = [
-        cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell for cell in roles.get("image", ())
-    ]
-    images = _images(name, cells, roots)
+    read = _modalities(name, columns, kinds)
+    if not read:
+        raise DataError(
+            f"{name} has neither pictures nor texts: its columns are {known}; expected `image` or `text`, or "
+            f"columns={{NAME: KIND}} to say which are modalities."
+        )
+    roles = {role: columns.pop(named) for role, aliases in ROLES.items() if (named := _named(columns, aliases))}
+    cells = {modality: _cells(name, *column, roots) for modality, column in read.items()}
+    files = next((read[modality].cells for modality in cells if read[modality].kind in ("image", "audio")), None)
+    captioned = any(column.kind == "text" for column in read.values())
+    single: dict[str, Sequence] = {
+        **{modality: column.cells for modality, column in read.items() if column.kind in ("image", "audio", "vector")},
+        **{role: roles[role] for role in ("label", "split") if role in roles},
+    }
 
     items: dict[Any, int] = {}
-    first: list[int] = []  # the first row of each item
+    rows: list[list[int]] = []  # those of each item
     ids: list[str] = []
-    texts: list[list[str]] = []
     row_id: Any
     for row, row_id in enumerate(row_ids):
         shared: Any = row_id  # what makes this row and another one item
         if "id" in roles:
             shared = row_id = _id(name, row, roles["id"][row])
-        elif cells and isinstance(cells[row], str) and cells[row]:
-            shared = row_id = cells[row]
-        elif cells and isinstance(cells[row], bytes) and "text" in roles:
-            shared = cells[row]
-        at = items.setdefault(shared, len(first))
-        if at == len(first):
-            first.append(row)
+        elif files and isinstance(files[row], str) and files[row]:
+            shared = row_id = files[row]
+        elif files and isinstance(files[row], bytes) and captioned:
+            shared = files[row]
+        at = items.setdefault(shared, len(rows))
+        if at == len(rows):
+            rows.append([])
             ids.append(row_id)
-            texts.append([])
-        elif odd := [
-            role
-            for role, column in {**roles, "image": cells}.items()
-            if role in ("image", "label", "split") and column and _differ(column[row], column[first[at]])
-        ]:
+        elif odd := [what for what, column in single.items() if _differ(column[row], column[rows[at][0]])]:
             raise DataError(
-                f"{name}: rows {first[at] + 1} and {row + 1} are both {ids[at]!r} but differ in {' and '.join(odd)}. "
+                f"{name}: rows {rows[at][0] + 1} and {row + 1} are both {ids[at]!r} but differ in {' and '.join(odd)}. "
                 "Rows that share their picture or id are one item with several texts; where they are not, give each "
                 "an id of its own."
             )
-        if "text" in roles:
-            texts[at] += _texts(roles["text"][row])
+        rows[at].append(row)
 
+    first = [own[0] for own in rows]
+    made: dict[Modality, Any] = {
+        modality: _gathered(cells[modality], rows, once=modality != "text")
+        if column.kind == "text"
+        else [cells[modality][row] for row in first]
+        for modality, column in read.items()
+    }
     labels, names = _labels(name, [roles["label"][row] for row in first], classes) if "label" in roles else (None, ())
     splits = [_split_name(roles["split"][row]) for row in first] if "split" in roles else []
     return Source(
         name,
         ids,
-        images=[images[row] for row in first] if cells else None,
-        texts=texts if "text" in roles else None,
+        images=made.get("image"),
+        texts=made.get("text"),
         labels=labels,
         classes=names,
         splits=splits if any(splits) else None,
+        columns={
+            modality: Column(column.kind, made[modality])
+            for modality, column in read.items()
+            if modality not in ("image", "text")
+        },
         meta={column: [values[row] for row in first] for column, values in columns.items()},
     )
+
+
+def _gathered(texts: Sequence[Sequence[str]], rows: Sequence[Sequence[int]], *, once: bool) -> list[list[str]]:
+    """The texts of each item's rows; `once` where a column only repeats, row by row, what belongs to the item."""
+    gathered = [[text for row in own for text in texts[row]] for own in rows]
+    return [[*dict.fromkeys(own)] for own in gathered] if once else gathered
+
+
+def _named(columns: Mapping[str, Any], aliases: Iterable[str]) -> str | None:
+    """The column that has one of these names, whatever its case; of several, that of the first name."""
+    lowered = {column.strip().lower(): column for column in columns}
+    return next((lowered[alias] for alias in aliases if alias in lowered), None)
+
+
+def _modalities(name: str, columns: dict[str, list], kinds: Mapping[Modality, Kind]) -> dict[Modality, Column]:
+    """The columns that are modalities, taken out of `columns`: those said to be, then those that are named like one."""
+    for modality in kinds:
+        if modality not in columns:
+            raise unknown(f"column of {name} called", modality, columns)
+        if modality in KINDS[:2] and kinds[modality] != modality:
+            raise UsageError(f"{name}: a column {modality!r} is taken for {modality}s, not for {kinds[modality]}s.")
+    read = {modality: Column(kind, columns.pop(modality)) for modality, kind in kinds.items()}
+    for kind in KINDS:
+        named = _named(columns, ALIASES[kind]) if kind not in read else None
+        if named and _looks_like(kind, named.strip().lower(), columns[named]):
+            read[kind] = Column(kind, columns.pop(named))
+    # Hugging Face data sets store a picture or sound as {"bytes": …, "path": …}.
+    return {
+        modality: Column(kind, [_content(cell) for cell in cells] if kind in ("image", "audio") else cells)
+        for modality, (kind, cells) in read.items()
+    }
+
+
+def _content(cell: Any) -> Any:
+    return cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
+
+
+def _looks_like(kind: Kind, named: str, cells: Sequence) -> bool:
+    """Whether a column with a modality's name holds such things: `path` may lead to pictures or to sounds."""
+    written = next((cell for cell in map(_content, cells) if isinstance(cell, str | Path) and str(cell)), None)
+    heard = written is not None and Path(written).suffix.lower() in AUDIO_SUFFIXES
+    if kind == "audio":
+        return heard or (named not in FILES and any(isinstance(_content(cell), bytes) for cell in cells))
+    if kind == "vector":
+        return any(isinstance(cell, list | np.ndarray) for cell in cells)
+    return not (kind == "image" and named in FILES and heard)
 
 
 def _concatenate(parts: Sequence[tuple[Columns, str | None, str]]) -> tuple[dict[str, list], list[str]]:
@@ -288,8 +416,17 @@ def _concatenate(parts: Sequence[tuple[Columns, str | None, str]]) -> tuple[dict
     return columns, row_ids
 
 
-def _images(name: str, cells: Sequence, roots: Sequence[Path]) -> list[Path | bytes | np.ndarray]:
-    """Paths found among `roots`, bytes and arrays as they are; what is missing is empty, for `decode` to name."""
+def _cells(name: str, kind: Kind, cells: Sequence, roots: Sequence[Path]) -> list:
+    if kind == "text":
+        return [_texts(cell) for cell in cells]
+    if kind == "vector":
+        cells = [np.asarray(cell, np.float32) if isinstance(cell, list) else cell for cell in cells]
+    return _located(name, kind, cells, roots)
+
+
+def _located(name: str, kind: Kind, cells: Sequence, roots: Sequence[Path]) -> list[Path | bytes | np.ndarray]:
+    """Paths found among `roots`, bytes and arrays as they are; what is missing is empty, for decoding to name."""
+    noun = {"image": "picture", "audio": "sound", "vector": "vector"}[kind]
     located: dict[str, Path] = {}
     found = False
     for written in dict.fromkeys(cell for cell in cells if isinstance(cell, str) and cell):
@@ -299,18 +436,18 @@ def _images(name: str, cells: Sequence, roots: Sequence[Path]) -> list[Path | by
         found = found or there is not None
     if located and not found:
         raise DataError(
-            f"{name}: none of its {len(located):,} pictures exist, for instance {next(iter(located.values()))}. "
+            f"{name}: none of its {len(located):,} {noun}s exist, for instance {next(iter(located.values()))}. "
             f"Looked in {' and '.join(map(str, roots))}; say where they are with images=FOLDER."
         )
-    images: list[Path | bytes | np.ndarray] = []
+    contents: list[Path | bytes | np.ndarray] = []
     for row, cell in enumerate(cells):
         if isinstance(cell, str):
-            images.append(located.get(cell, b""))
+            contents.append(located.get(cell, b""))
         elif cell is None or isinstance(cell, Path | bytes | np.ndarray):
-            images.append(b"" if cell is None else cell)
+            contents.append(b"" if cell is None else cell)
         else:
-            raise DataError(f"{name} row {row + 1}: a picture is a path or bytes, not {type(cell).__name__}.")
-    return images
+            raise DataError(f"{name} row {row + 1}: a {noun} is a path or bytes, not {type(cell).__name__}.")
+    return contents
 
 
 def _differ(a: Any, b: Any) -> bool:

@@ -77,16 +77,23 @@ def _read_npy(path: Path) -> tuple[Columns, tuple[str, ...]]:
         array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read as NPY: {error}") from error
+    if array.ndim == 2:
+        return {"vector": list(_vectors(path, "array", array))}, ()
     return {"image": list(_pictures(path, "array", array))}, ()
 
 
 def _read_npz(path: Path) -> tuple[Columns, tuple[str, ...]]:
-    """Keys `images`, `labels`, …; also `train_images`, `train_labels`, …, and a single array under any name."""
+    """Keys `images`, `labels`, …; also `train_images`, `train_labels`, …, and a single array under any name.
+
+    Without pictures, each two-dimensional array is a column of vectors, under its own name.
+    """
     try:
         with path.open("rb") as file:
             arrays = dict(np.load(file, allow_pickle=False))
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:  # TypeError: one bare array
         raise DataError(f"{path} cannot be read as NPZ: {error}") from error
+    if any(array.ndim == 2 for array in arrays.values()) and not any("image" in name for name in arrays):
+        return _vector_table(path, arrays), ()
     if len(arrays) == 1:
         arrays = {"images": next(iter(arrays.values()))}
     prefixes = [name[: -len("images")] for name in arrays if re.fullmatch(r"(\w+_)?images", name)]
@@ -119,6 +126,17 @@ def _read_npz(path: Path) -> tuple[Columns, tuple[str, ...]]:
     return {**columns}, ()
 
 
+def _vector_table(path: Path, arrays: dict[str, np.ndarray]) -> Columns:
+    """Arrays of one length: vectors where they have two dimensions, one value an item where they have one."""
+    counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(counts.values())) > 1:
+        lengths = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise DataError(f"{path}: its arrays have different lengths ({lengths}); expected one row an item in each.")
+    return {
+        name: list(_vectors(path, name, array)) if array.ndim > 1 else array.tolist() for name, array in arrays.items()
+    }
+
+
 READERS: dict[str, Callable[[Path], tuple[Columns, tuple[str, ...]]]] = {
     ".csv": _read_csv,
     ".tsv": _read_csv,
@@ -147,6 +165,12 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON: {error}.") from error
+
+
+def _vectors(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.shape[1]:
+        raise DataError(f"{path}: {name} is {array.dtype} of shape {array.shape}; vectors are numbers [n, dim].")
+    return np.asarray(array)
 
 
 def _pictures(path: Path, name: str, array: np.ndarray) -> np.ndarray:

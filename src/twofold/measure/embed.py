@@ -1,4 +1,4 @@
-"""From a source to a matrix: every picture or text through an encoder once, and never again.
+"""From a source to a matrix: every picture, text, sound or vector through an encoder once, and never again.
 
 Vectors are kept by content and encoder. Another run, another order, more items or a name that changed cost nothing; a
 run that was interrupted goes on where it stopped.
@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from twofold import runtime
-from twofold.data.decode import OnError, Skipped, stream
-from twofold.data.sources import Modality, Source, content_key
+from twofold.data.decode import OnError, Skipped, ahead
+from twofold.data.sources import KINDS, Modality, Source, content_key
 from twofold.data.vectors import Vectors
 from twofold.errors import DataError, FingerprintMismatch, UsageError
-from twofold.models.bundle import ENCODERS, Bundle, Tower
-from twofold.models.encoders import ImageEncoder, TextEncoder, device_of, fingerprint, inference, pixels
+from twofold.models.bundle import Bundle, Tower
+from twofold.models.encoders import Encoder, Inputs, device_of, fingerprint, inference, moved
 from twofold.models.fast import accelerate
 from twofold.progress import Line
 
@@ -37,7 +36,7 @@ class Embedded:
     """The embeddings of a source's items, as the encoder gives them: not normalised.
 
     Rows `offsets[i]:offsets[i + 1]` of `matrix` belong to the item `ids[i]`, which is the source's item `kept[i]`: one
-    row for a picture, one for each of its texts.
+    row for a picture or sound, one for each of its texts.
     """
 
     ids: list[str]
@@ -48,7 +47,7 @@ class Embedded:
 
 
 def embed(
-    model: Bundle | Tower | ImageEncoder | TextEncoder,
+    model: Bundle | Tower | Encoder,
     source: Source,
     modality: Modality,
     *,
@@ -57,14 +56,15 @@ def embed(
     progress: Progress | None = None,
     quiet: bool = False,
 ) -> Embedded:
-    """Embed the pictures or the texts of `source`, on the model's device; nothing goes through an encoder twice.
+    """Embed a column of `source`, on the model's device; nothing goes through an encoder twice.
 
+    `modality` is the column's name, "image", "text" or another one; of a bundle, the tower of that name embeds it.
     `vectors` keeps the embeddings. Without it, the user's cache keeps the encoder's features, and the head, which is
-    small and has many versions, is applied each time. Pictures that cannot be decoded and items without a text are
+    small and has many versions, is applied each time. What cannot be decoded and items without a text are
     skipped and named, or raise with `on_error="raise"`. `progress(done, total)` counts what is to compute; without it,
     and unless `quiet`, a line on the terminal does.
     """
-    tower = _tower(model, modality)
+    tower = _tower(model, source, modality)
     features = Vectors(runtime.cache_dir() / "vectors", fingerprint(tower.encoder), tower.encoder.dim)
     contents, keys, owner = _contents(source, modality)  # of one picture or text each
     if vectors is not None:
@@ -76,11 +76,12 @@ def embed(
     names = [source.ids[owner[index]] for index in todo]
     chosen = [contents[index] for index in todo]
     run = _runner(Tower(tower.encoder) if vectors is None else tower, len(todo))
-    with Line("embed", unit=f"{modality}s", quiet=quiet or progress is not None) as line:
-        if isinstance(tower.encoder, ImageEncoder):
-            parts = _pictures(tower.encoder, chosen, names, run, on_error=on_error, failed=failed)
-        else:
+    unit = f"{modality}s" if modality in ("image", "text") else "items"
+    with Line("embed", unit=unit, quiet=quiet or progress is not None) as line:
+        if tower.kind == "text":
             parts = _texts(tower.encoder, chosen, run)
+        else:
+            parts = _decoded(tower.encoder, chosen, names, run, on_error=on_error, failed=failed)
         _keep(parts, [keys[index] for index in todo], kept_in, progress or line.update)
 
     rows = np.array([index for index, key in enumerate(keys) if key in kept_in], np.int64)
@@ -102,10 +103,12 @@ def embed(
     )
 
 
-def _tower(model: Bundle | Tower | ImageEncoder | TextEncoder, modality: Modality) -> Tower:
+def _tower(model: Bundle | Tower | Encoder, source: Source, modality: Modality) -> Tower:
     tower = model.tower(modality) if isinstance(model, Bundle) else model if isinstance(model, Tower) else Tower(model)
-    if not isinstance(tower.encoder, ENCODERS.get(modality, ())):
-        raise UsageError(f"{tower.encoder.spec['name']} does not embed {modality}s.")
+    kind = source.modalities.get(modality, modality)
+    if tower.kind != kind and kind in KINDS:
+        what = f" (that column is {kind})" if kind != modality else ""
+        raise UsageError(f"{tower.encoder.spec['name']} does not embed {modality}s{what}; it is made for {tower.kind}.")
     return tower
 
 
@@ -134,14 +137,12 @@ def _headed(tower: Tower, features: Float[np.ndarray, "m d"]) -> Float[np.ndarra
 
 
 def _contents(source: Source, modality: Modality) -> tuple[Sequence[Any], list[str], Int[np.ndarray, "m"]]:
-    """The single pictures or texts of a source, their keys, and the item that each belongs to."""
-    keys = source.keys(modality)
-    if modality == "image":
-        assert source.images is not None  # or `keys` had raised
-        return source.images, keys, np.arange(len(source))
-    assert source.texts is not None
-    texts = [text for own in source.texts for text in own]
-    owner = np.repeat(np.arange(len(source)), [len(own) for own in source.texts])
+    """The single things in a column, their keys, and the item that each belongs to."""
+    kind, cells = source.column(modality)
+    if kind != "text":
+        return cells, source.keys(modality), np.arange(len(source))
+    texts = [text for own in cells for text in own]
+    owner = np.repeat(np.arange(len(source)), [len(own) for own in cells])
     return texts, [content_key(text) for text in texts], owner
 
 
@@ -150,44 +151,45 @@ def _runner(tower: Tower, count: int) -> Callable[[Any], np.ndarray]:
     device = device_of(tower)
     encode: Callable = accelerate(tower.encoder, runtime.cache_dir() / "onnx") if count >= FEW else tower.encoder
 
-    def run(x: Tensor | dict[str, Tensor]) -> np.ndarray:
-        x = x.to(device) if isinstance(x, Tensor) else {name: ids.to(device) for name, ids in x.items()}
+    def run(x: Inputs) -> np.ndarray:
         with inference(tower):
-            return tower.head(encode(x)).float().cpu().numpy()
+            return tower.head(encode(moved(x, device))).float().cpu().numpy()
 
     return run
 
 
-def _pictures(
-    encoder: ImageEncoder,
-    images: Sequence[Any],
+def _decoded(
+    encoder: Encoder,
+    items: Sequence[Any],
     names: Sequence[str],
     run: Callable,
     *,
     on_error: OnError,
     failed: list[Skipped],
 ) -> Parts:
-    """Which pictures, and their embeddings, batch by batch; threads decode what comes next meanwhile."""
+    """Which items, and their embeddings, batch by batch; threads decode what comes next meanwhile."""
     at: list[int] = []
-    batch: list[np.ndarray] = []
-    for index, picture in stream(
-        images, encoder.size, how=encoder.how, channels=encoder.channels, on_error=on_error, names=names, skipped=failed
-    ):
+    batch: list[Any] = []
+
+    def prepare(item: Any, name: str) -> Any:
+        return encoder.prepare(item, name=name)
+
+    for index, prepared in ahead(items, prepare, on_error=on_error, names=names, skipped=failed):
         at.append(index)
-        batch.append(picture)
+        batch.append(prepared)
         if len(batch) == BATCH:
-            yield at, run(pixels(batch))
+            yield at, run(encoder.batch(batch))
             at, batch = [], []
     if batch:
-        yield at, run(pixels(batch))
+        yield at, run(encoder.batch(batch))
 
 
-def _texts(encoder: TextEncoder, texts: Sequence[str], run: Callable) -> Parts:
+def _texts(encoder: Encoder, texts: Sequence[str], run: Callable) -> Parts:
     """Which texts, and their embeddings, batch by batch; texts of one length together, so that little is padding."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
     for start in range(0, len(order), BATCH):
         at = order[start : start + BATCH]
-        yield at, run(encoder.tokenize([texts[index] for index in at]))
+        yield at, run(encoder.batch([texts[index] for index in at]))
 
 
 def _keep(parts: Parts, keys: Sequence[str], vectors: Vectors, tell: Progress) -> None:

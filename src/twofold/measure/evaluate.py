@@ -1,7 +1,7 @@
-"""What a bundle is worth on data it did not see: neighbours and a linear probe where there are labels, recall where
-there are captions."""
+"""What a bundle is worth on data it did not see: neighbours and a linear probe where there are labels, names of classes
+where there are words for them, recall where there are pairs."""
 
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -10,13 +10,17 @@ import torch
 from twofold import runtime
 from twofold.data.cache import decoded
 from twofold.data.decode import OnError
-from twofold.data.sources import Source
-from twofold.errors import DataError, UsageError
+from twofold.data.sources import Modality, Source
+from twofold.errors import DataError, UsageError, unknown
+from twofold.measure.columns import LEAST, columns_of
 from twofold.measure.embed import embed
+from twofold.measure.hubness import Gap, Hubness, gap, hubness
+from twofold.measure.matched import Matched, matched, pair_of
 from twofold.measure.probes import Probe, knn_probe, linear_probe
 from twofold.measure.retrieval import Retrieval, retrieval
+from twofold.measure.zero_shot import ZeroShot, prototypes, zero_shot
 from twofold.models.bundle import Bundle, Tower
-from twofold.models.encoders import ImageEncoder, image_encoder
+from twofold.models.encoders import Encoder, fresh
 
 THUMBNAIL = 32  # pixels a side of the pictures that the pixel baseline compares
 
@@ -28,28 +32,57 @@ class Labels(NamedTuple):
     linear: Probe
 
 
-class Paired(NamedTuple):
-    """Retrieval in both directions between pictures and their texts."""
+Paired = dict[str, Retrieval]  # "text_to_image" and "image_to_text", or whatever the two modalities are called
 
-    text_to_image: Retrieval
-    image_to_text: Retrieval
+
+class Space(NamedTuple):
+    """What is wrong with the space that two modalities share; hubs by direction, as in `Paired`."""
+
+    gap: Gap
+    hubness: dict[str, Hubness]
+    hubs: dict[str, list[tuple[str, int]]]  # the worst hubs of each gallery: id, and how many queries they come up for
 
 
 class Evaluation(NamedTuple):
-    """`labels` by what was embedded ("trained", "head", the baselines); None where there are no labels or no texts."""
+    """`labels` by what was embedded ("trained", "head", the baselines); None where there is nothing to measure on."""
 
     labels: dict[str, Labels] | None
     paired: Paired | None
+    space: Space | None = None
+    zero_shot: ZeroShot | None = None
 
 
-def paired(images: np.ndarray, texts: np.ndarray, offsets: np.ndarray) -> Paired:
-    """Retrieval between images [n, d] and texts [m, d], where texts offsets[i]:offsets[i+1] belong to image i."""
-    owner = np.repeat(np.arange(len(images)), np.diff(offsets))
-    own = [range(start, stop) for start, stop in pairwise(offsets.tolist())]
-    return Paired(
-        text_to_image=retrieval(texts, images, [[item] for item in owner.tolist()], groups=owner.tolist()),
-        image_to_text=retrieval(images, texts, own),
-    )
+def both_ways(pairs: Matched, *, by: Sequence[str | None] | None = None) -> Paired:
+    """Retrieval in both directions; `by` names the group of each item. Queries of one item stand or fall together."""
+    found = {}
+    for queries, gallery in _directions(pairs):
+        owner = pairs.sides[queries].owner.tolist()
+        found[f"{queries}_to_{gallery}"] = retrieval(
+            pairs.sides[queries].matrix,
+            pairs.sides[gallery].matrix,
+            pairs.positives(queries, gallery),
+            groups=owner,
+            by=None if by is None else [by[item] for item in owner],
+        )
+    return found
+
+
+def space_of(pairs: Matched) -> Space:
+    """Modality gap, and hubness in both directions."""
+    first, second = pairs.sides.values()
+    found, hubs = {}, {}
+    for queries, gallery in _directions(pairs):
+        side = pairs.sides[gallery]
+        way = f"{queries}_to_{gallery}"
+        found[way] = hubness(pairs.sides[queries].matrix, side.matrix)
+        hubs[way] = [(pairs.items.ids[side.owner[row]], count) for row, count in found[way].hubs]
+    return Space(gap(first.matrix, second.matrix), found, hubs)
+
+
+def _directions(pairs: Matched) -> list[tuple[Modality, Modality]]:
+    """Words look for things first."""
+    first, second = sorted(pairs.sides, key=lambda name: (name != "text", name))
+    return [(first, second), (second, first)]
 
 
 def evaluate(
@@ -60,6 +93,9 @@ def evaluate(
     limit: int | None = None,
     at: Literal["encoder", "head"] = "encoder",
     baselines: bool = False,
+    by: str | None = None,
+    templates: Sequence[str] = (),
+    between: Sequence[Modality] = (),
     on_error: OnError = "skip",
     quiet: bool = False,
 ) -> Evaluation:
@@ -67,8 +103,10 @@ def evaluate(
 
     Labelled pictures: a kNN and a linear probe are fitted on the split "train" (its first `limit` items) and tested on
     `split`; `at="head"` measures behind the training head as well, where the loss was taken (the bundle must have been
-    loaded with its heads); `baselines` adds raw pixels and the same encoder untrained. Captioned pictures: recall both
-    ways.
+    loaded with its heads); `baselines` adds raw pixels and the same encoder untrained. With `templates` ("a photo of a
+    {}") the pictures are classified by the names of their classes, without any fitting. Two modalities that the bundle
+    and the data share, such as pictures and captions: recall both ways, for each value of the column `by` too, the gap
+    between them and their hubs; always by plain cosines. `between` names the two where there are more.
     """
     if at == "head" and "image" not in bundle.heads:
         raise UsageError(
@@ -76,11 +114,12 @@ def evaluate(
             "was loaded without (Bundle.load(folder, heads=True))."
         )
     labels = pairs = None
-    if data.labels is not None and data.splits is not None and "image" in bundle.towers:
+    fitted = data.splits is not None and ("train" in data.splits or not templates)
+    if data.labels is not None and fitted and "image" in bundle.towers:
         train, tested = data.split("train"), data.split(split)
         parts = (train.take(range(min(limit or len(train), len(train)))), tested)
         tower = bundle.towers["image"]
-        models: dict[str, Tower | ImageEncoder] = {"trained": tower}
+        models: dict[str, Tower | Encoder] = {"trained": tower}
         if at == "head":
             models["head"] = bundle.heads["image"]
         if baselines:
@@ -91,18 +130,48 @@ def evaluate(
         }
         if baselines:
             labels["pixels"] = _probes(*_pixels(parts, int(tower.encoder.spec["channels"]), on_error))
-    if data.texts is not None and {"image", "text"} <= set(bundle.towers):
-        tested = data if data.splits is None else data.split(split)
-        tested = tested.take([item for item, texts in enumerate(tested.texts or ()) if texts])
-        images = embed(bundle.towers["image"], tested, "image", on_error=on_error, quiet=quiet)
-        texts = embed(bundle.towers["text"], tested.take(images.kept), "text", quiet=quiet)
-        pairs = paired(images.matrix, texts.matrix, texts.offsets)
-    if labels is None and pairs is None:
+    tested = data if data.splits is None else data.split(split)
+    named = _zero_shot(bundle, tested, templates, on_error=on_error, quiet=quiet) if templates else None
+    space = None
+    if (modalities := pair_of(bundle, data, between)) is not None:
+        both = matched(bundle, tested, modalities, on_error=on_error, quiet=quiet)
+        pairs = both_ways(both, by=_groups(both.items, by))
+        space = space_of(both)
+    elif by is not None:
+        raise UsageError(f"by={by!r} divides queries; {data.name} and this bundle share no two modalities.")
+    if labels is None and pairs is None and named is None:
         raise DataError(
             f"There is nothing to evaluate on in {data.name}: it takes labels with the splits train and {split}, or "
-            f"captions and a bundle with an image and a text tower (this one has {', '.join(bundle.towers)})."
+            f"two modalities that the bundle has towers for, such as pictures and captions (this one has "
+            f"{', '.join(bundle.towers)})."
         )
-    return Evaluation(labels, pairs)
+    return Evaluation(labels, pairs, space, named)
+
+
+def _zero_shot(bundle: Bundle, data: Source, templates: Sequence[str], *, on_error: OnError, quiet: bool) -> ZeroShot:
+    bundle.tower("text")
+    if data.labels is None or not data.classes:
+        raise DataError(f"{data.name} has no labels with names; zero-shot classification takes both.")
+    modality = "image" if "image" in bundle.towers else next(name for name in bundle.towers if name != "text")
+    done = embed(bundle, data, modality, on_error=on_error, quiet=quiet)
+    vectors = prototypes(bundle, data.classes, templates)
+    return zero_shot(done.matrix, data.labels[done.kept], data.classes, vectors, templates=templates)
+
+
+def _groups(items: Source, by: str | None) -> list[str | None] | None:
+    """The value of the column `by` for each item, None where few share it: "label", "split" or a column of metadata."""
+    if by is None:
+        return None
+    if by == "split" and items.splits is not None:
+        return list(items.splits)
+    try:
+        (column,) = columns_of(items, [by])
+    except UsageError as error:
+        there = [*items.meta, *(["label"] if items.labels is not None else []), *(["split"] if items.splits else [])]
+        raise unknown("column", by, there) from error
+    if not column.classes:
+        raise UsageError(f"No value of {by!r} belongs to {LEAST} items or more, so there are no groups to compare.")
+    return [column.classes[value] if value >= 0 else None for value in column.values.tolist()]
 
 
 Features = tuple[np.ndarray, np.ndarray]  # one row an item, and the items' labels
@@ -112,7 +181,7 @@ def _probes(train: Features, test: Features) -> Labels:
     return Labels(knn=knn_probe(*train, *test), linear=linear_probe(*train, *test))
 
 
-def _embedded(tower: Tower | ImageEncoder, source: Source, *, on_error: OnError, quiet: bool) -> Features:
+def _embedded(tower: Tower | Encoder, source: Source, *, on_error: OnError, quiet: bool) -> Features:
     done = embed(tower, source, "image", on_error=on_error, quiet=quiet)
     assert source.labels is not None
     return done.matrix, source.labels[done.kept]
@@ -131,8 +200,8 @@ def _pixels(parts: tuple[Source, Source], channels: int, on_error: OnError) -> l
     return features
 
 
-def _untrained(tower: Tower) -> ImageEncoder:
+def _untrained(tower: Tower) -> Encoder:
     """The tower's encoder as it was before anything was learned."""
     with torch.random.fork_rng():
         torch.manual_seed(runtime.seed_of("untrained"))
-        return image_encoder(**tower.encoder.spec, pretrained=False)
+        return fresh(tower.encoder)

@@ -92,16 +92,70 @@ def first_ranks(
     It is 1 + the items, other than the query's own positives, that score as high as the best of them. A tie (scores
     within `tie`) counts against the query, so an encoder that collapsed to a point does not score 1.
     """
+    row, own = _own_scores(scores, positives)
+    best = own.new_full((len(scores),), -math.inf).scatter_reduce_(0, row, own, "amax")
+    above = (scores >= best[:, None] - tie).sum(1)
+    return 1 + above - torch.zeros_like(above).index_add_(0, row, (own >= best[row] - tie).to(above.dtype))
+
+
+class Ranked(NamedTuple):
+    """Every positive of every query, best first: `place` counts a query's positives, `rank` all items, both from 1."""
+
+    query: Int[Tensor, "p"]
+    place: Int[Tensor, "p"]
+    rank: Int[Tensor, "p"]
+
+
+def positive_ranks(scores: Float[Tensor, "q m"], positives: Sequence[Sequence[int]], *, tie: float = TIE) -> Ranked:
+    """Where each query's positives stand among the m items; ties with other items count against them, as in
+    `first_ranks`, which is the rank at place 1."""
+    q, m = scores.shape
+    row, own = _own_scores(scores, positives)
+    order = own.argsort(descending=True, stable=True)
+    order = order[row[order].argsort(stable=True)]
+    row, own = row[order], own[order]
+    counts = torch.bincount(row, minlength=q)
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    mine = own.new_full((q, int(counts.max())), math.inf)
+    mine[row, place] = own
+    least = mine - tie  # what an item must score to stand before the positive
+    among_all = m - torch.searchsorted(scores.sort(1).values, least)
+    among_own = counts[:, None] - torch.searchsorted(mine.sort(1).values, least)
+    rivals = among_all - among_own
+    return Ranked(row, 1 + place, 1 + place + rivals[row, place])
+
+
+def average_precision(ranked: Ranked) -> Float[Tensor, "q"]:
+    """Per query the mean, over its positives, of the share of positives among all items down to it; 0..1, 1 is best.
+
+    Its mean over queries is mAP. With one positive a query it is 1/rank, and mAP the mean reciprocal rank.
+    """
+    counts = torch.bincount(ranked.query).double()
+    return torch.zeros_like(counts).index_add_(0, ranked.query, ranked.place.double() / ranked.rank) / counts
+
+
+def ndcg(ranked: Ranked, k: int = 10) -> Float[Tensor, "q"]:
+    """nDCG@k per query, with gain 1 for a positive and discount log₂(1 + rank); 0..1, 1 where the positives lead."""
+    counts = torch.bincount(ranked.query)
+    found = torch.where(ranked.rank <= k, 1 / torch.log2(1 + ranked.rank.double()), 0.0)
+    ideal = (1 / torch.log2(2 + torch.arange(k, dtype=torch.double, device=counts.device))).cumsum(0)
+    return (
+        torch.zeros(len(counts), dtype=torch.double, device=counts.device).index_add_(0, ranked.query, found)
+        / ideal[counts.clamp(max=k) - 1]
+    )
+
+
+def _own_scores(
+    scores: Float[Tensor, "q m"], positives: Sequence[Sequence[int]]
+) -> tuple[Int[Tensor, "p"], Float[Tensor, "p"]]:
+    """The query and the score of each positive; one listed twice is one."""
     q, m = scores.shape
     check_positives(positives, q, m)
     if scores.isnan().any():  # NaN compares false with everything and would rank first
         raise DataError(f"Query {int(scores.isnan().any(1).nonzero()[0])} has scores that are not a number.")
-    entries = sorted({i * m + item for i, own in enumerate(positives) for item in own})  # one listed twice is one
+    entries = sorted({i * m + item for i, own in enumerate(positives) for item in own})
     pairs = torch.tensor(entries, dtype=torch.long, device=scores.device)
-    row, own = pairs // m, scores.flatten()[pairs]
-    best = own.new_full((q,), -math.inf).scatter_reduce_(0, row, own, "amax")
-    above = (scores >= best[:, None] - tie).sum(1)
-    return 1 + above - torch.zeros_like(above).index_add_(0, row, (own >= best[row] - tie).to(above.dtype))
+    return pairs // m, scores.flatten()[pairs]
 
 
 def check_positives(positives: Sequence[Sequence[int]], queries: int, gallery: int) -> None:

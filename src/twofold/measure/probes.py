@@ -1,9 +1,10 @@
-"""What frozen embeddings know about labels: a vote of neighbours and a linear classifier, with interval and chance.
+"""What frozen embeddings know about labels: by a vote of neighbours, a linear classifier, or one that looks at tokens.
 
-Both take training and test embeddings apart, embedded without augmentation, and neither sees the test labels before
+All take training and test embeddings apart, embedded without augmentation, and neither sees the test labels before
 the end. Rows labelled −1 are predicted but neither learnt from nor counted.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ from twofold.measure.metrics import (
 from twofold.runtime import generator
 
 Labels = Int[np.ndarray, "n"]
+Tokens = Float[Tensor, "n t d"] | Float[np.ndarray, "n t d"]
+
+PROBE_BATCH, PROBE_RATE = 128, 1e-2  # of the attentive probe
 
 
 class Probe(NamedTuple):
@@ -112,6 +116,114 @@ def linear_probe(
         fits = _regressions(z, y, len(classes), penalties[: penalties.index(best) + 1])
     answer = classes[fits[penalties.index(best)](test).argmax(1)].cpu().numpy()
     return Probe(accuracy(answer, test_y, draw=draw), accuracy_chance(test_y), answer, best, validation)
+
+
+def attentive_probe(
+    train_tokens: Tokens,
+    train_y: Labels,
+    test_tokens: Tokens,
+    test_y: Labels,
+    *,
+    val: tuple[Tokens, Labels] | None = None,
+    heads: int = 4,
+    epochs: int = 20,
+    l2: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4),
+    draw: torch.Generator | None = None,
+) -> Probe:
+    """A linear classifier of what one learned query attends to among an item's standardised tokens [n, tokens, dim].
+
+    The attentive probe of V-JEPA (arXiv 2404.08471, section 4.1), its cross-attention alone: without the block's MLP.
+    A query that is the same for all items makes of each head's keys one vector, and of its values and the classifier
+    one matrix, and so they are learned. It starts as a linear probe of the tokens' average. Adam over `epochs`, of
+    which the last counts; the penalty of the matrix is chosen as `linear_probe` does.
+    """
+    if heads < 1 or epochs < 1 or not l2 or not min(l2) > 0:
+        raise UsageError(f"attentive_probe needs a head, an epoch and l2 > 0; got {heads}, {epochs} and {tuple(l2)}.")
+    draw = draw or generator("attentive_probe")
+    x, test = _as_tokens("train", train_tokens), _as_tokens("test", test_tokens)
+    _check_set("test", test.flatten(1), test_y, x[0].numel())
+    x, y = _labelled("train", x, train_y)
+    classes, y = y.unique(return_inverse=True)
+    penalties = sorted(l2, reverse=True)
+    if val is None:
+        kept, held = _hold_out(len(x), draw)
+        fit = _attention(x[kept], y[kept], len(classes), penalties, heads=heads, epochs=epochs, draw=draw)
+        val_x, val_y = x[held], classes[y[held]]
+    else:
+        val_x = _as_tokens("val", val[0])
+        _check_set("val", val_x.flatten(1), val[1], x[0].numel())
+        val_x, val_y = _labelled("val", val_x, val[1])
+        fit = _attention(x, y, len(classes), penalties, heads=heads, epochs=epochs, draw=draw)
+    right = (classes[fit.answers(val_x)] == val_y).double().mean(1).tolist()
+    validation = dict(zip(penalties, right, strict=True))
+    best = max(penalties, key=validation.__getitem__)  # the first of equals: the strongest
+    if val is None:
+        fit = _attention(x, y, len(classes), penalties, heads=heads, epochs=epochs, draw=draw)
+    answer = classes[fit.answers(test)[penalties.index(best)]].cpu().numpy()
+    return Probe(accuracy(answer, test_y, draw=draw), accuracy_chance(test_y), answer, best, validation)
+
+
+class _Attention(NamedTuple):
+    """A probe for each of p penalties, side by side."""
+
+    mean: Float[Tensor, "d"]
+    scale: Float[Tensor, "d"]
+    query: Float[Tensor, "p h d"]
+    weight: Float[Tensor, "p hd c"]
+    bias: Float[Tensor, "p 1 c"]
+
+    def __call__(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "p n c"]:
+        x = (x - self.mean) / self.scale
+        looks = torch.einsum("ntd,phd->pnht", x, self.query).softmax(-1)
+        seen = torch.einsum("pnht,ntd->pnhd", looks, x).flatten(2)
+        return torch.baddbmm(self.bias, seen, self.weight)
+
+    def answers(self, x: Float[Tensor, "n t d"]) -> Int[Tensor, "p n"]:
+        """The class of highest score, by penalty and item."""
+        with torch.no_grad():
+            return torch.cat([self(rows).argmax(2) for rows in x.split(PROBE_BATCH)], 1)
+
+
+def _attention(
+    x: Float[Tensor, "n t d"],
+    y: Int[Tensor, "n"],
+    classes: int,
+    penalties: Sequence[float],
+    *,
+    heads: int,
+    epochs: int,
+    draw: torch.Generator,
+) -> _Attention:
+    count, width = len(penalties), x.shape[2]
+    scale, mean = torch.std_mean(x, (0, 1), correction=0)
+    scale = scale.clamp_min(1e-6 * x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny))
+    shapes = (count, heads, width), (count, heads * width, classes), (count, 1, classes)
+    learned = [x.new_zeros(shape, requires_grad=True) for shape in shapes]
+    learned[0].data += 0.02 * torch.randn(shapes[0], generator=draw).to(x)  # else all heads would stay the same one
+    probe = _Attention(mean, scale, *learned)
+    optimizer = torch.optim.Adam(learned, lr=PROBE_RATE)
+    steps = epochs * math.ceil(len(x) / PROBE_BATCH)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    strength = x.new_tensor(penalties)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=draw).to(x.device).split(PROBE_BATCH):
+            with torch.enable_grad():
+                scores = probe(x[rows])
+                penalty = (strength / 2 * probe.weight.square().sum((1, 2))).sum()
+                F.cross_entropy(scores.flatten(0, 1), y[rows].repeat(count)).mul(count).add(penalty).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            decay.step()
+    return _Attention(mean, scale, *(part.detach() for part in learned))
+
+
+def _as_tokens(name: str, x: Tokens) -> Float[Tensor, "n t d"]:
+    """`x` as a float32 tensor on its own device."""
+    if x.ndim != 3 or 0 in x.shape:
+        raise DataError(
+            f"Tokens are [n, tokens, dim] with one each at least; those of the {name} set are {[*x.shape]}."
+        )
+    return as_rows(x.reshape(len(x), -1)).view(x.shape)
 
 
 class _Linear(NamedTuple):

@@ -5,7 +5,9 @@ from twofold.methods.base import Method, Out
 from twofold.methods.byol import BYOL
 from twofold.methods.clip import CLIP
 from twofold.methods.dcl import DCL
+from twofold.methods.ijepa import IJEPA
 from twofold.methods.lejepa import LeJEPA
+from twofold.methods.mae import MAE
 from twofold.methods.moco import MoCo
 from twofold.methods.mocov3 import MoCoV3
 from twofold.methods.siglip import SigLIP
@@ -14,6 +16,8 @@ from twofold.methods.simsiam import SimSiam
 from twofold.methods.supcon import SupCon
 from twofold.methods.triplet import Triplet
 from twofold.methods.vicreg import VICReg
+from twofold.methods.vjepa import VJEPA
+from twofold.methods.vse import VSE
 
 METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR,
@@ -26,16 +30,24 @@ METHODS: dict[str, type[Method]] = {
     "barlow": BarlowTwins,
     "vicreg": VICReg,
     "lejepa": LeJEPA,
+    "mae": MAE,
+    "ijepa": IJEPA,
+    "vjepa": VJEPA,
     "triplet": Triplet,
     "clip": CLIP,
     "siglip": SigLIP,
+    "vse": VSE,
 }
 
 __all__ = [
     "BYOL",
     "CLIP",
     "DCL",
+    "IJEPA",
+    "MAE",
     "METHODS",
+    "VJEPA",
+    "VSE",
     "BarlowTwins",
     "LeJEPA",
     "Method",

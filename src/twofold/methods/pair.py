@@ -33,8 +33,15 @@ class Pair(nn.Module):
         self, batch: Mapping[str, Any], draw: torch.Generator
     ) -> tuple[Float[Tensor, "wb d"], Float[Tensor, "wb d"]]:
         """The embeddings of both sides, over all processes, not normalised."""
-        first, second = (
-            runtime.gather(tower(self.views[name](batch[name], draw) if name in self.views else batch[name]))
-            for name, tower in self.towers.items()
-        )
+        first, second = (self._embedded(name, batch[name], draw) for name in self.towers)
         return first, second
+
+    def negatives(self, batch: Mapping[str, Any], draw: torch.Generator) -> Float[Tensor, "wm d"] | None:
+        """The embeddings of `batch["negatives"]`, further items of the second kind, over all processes; None without.
+
+        Every item of the first side is held against every one of them: none may belong to an item of the batch.
+        """
+        return self._embedded([*self.towers][1], batch["negatives"], draw) if "negatives" in batch else None
+
+    def _embedded(self, name: str, x: Any, draw: torch.Generator) -> Float[Tensor, "wb d"]:
+        return runtime.gather(self.towers[name](self.views[name](x, draw) if name in self.views else x))

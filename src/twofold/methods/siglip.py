@@ -20,7 +20,8 @@ class SigLIP(Method):
     """`towers`: two modalities → modules into one space.
 
     `scale` and `bias` are where the learned ones start. The paper's bias of −10 fits its batches of about 22 000; for a
-    batch of B the odds of a pair are 1 : B−1, which −ln(B−1) says from the first step on.
+    batch of B the odds of a pair are 1 : B−1, which −ln(B−1) says from the first step on. A batch may hold "negatives",
+    items of the second kind that none of its first kind belongs to.
     """
 
     needs: Sequence[str] = ("image", "text")  # or whatever the towers are named
@@ -41,11 +42,10 @@ class SigLIP(Method):
 
     def forward(self, batch: Mapping[str, Any], draw: torch.Generator) -> Out:
         first, second = self.pair(batch, draw)
-        scale = self.log_scale.exp()
-        loss = siglip(first, second, scale=scale, bias=self.bias)
-        return Out(
-            loss, z=first, chance=siglip_chance(len(first)), parts={"scale": scale.detach(), "bias": self.bias.detach()}
-        )
+        others, scale = self.pair.negatives(batch, draw), self.log_scale.exp()
+        loss = siglip(first, second, scale=scale, bias=self.bias, negatives=others)
+        chance = siglip_chance(len(first), 0 if others is None else len(others))
+        return Out(loss, z=first, chance=chance, parts={"scale": scale.detach(), "bias": self.bias.detach()})
 
     def towers(self) -> dict[str, nn.Module]:
         return dict(self.pair.towers)

@@ -3,7 +3,7 @@
     bundle.json           what each tower is, its fingerprint, and whatever is worth telling about it (`meta`)
     image.safetensors     the weights of a tower, one file a modality
     image.head.safetensors  those of the head it was trained with; nothing but measuring behind it needs them
-    text/                 tokenizer and configuration of a text tower
+    text/                 the small files of a tower: tokenizer, configuration
 
 Loading needs no network and runs no code from the folder. A fingerprint stands for all that decides an embedding; it is
 computed again from what was read, so a damaged or edited bundle does not load.
@@ -11,6 +11,7 @@ computed again from what was read, so a damaged or edited bundle does not load.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,28 +27,19 @@ from torch import Tensor, nn
 
 from twofold import __version__, runtime
 from twofold.data.atomic import sync_folder, write_atomically
-from twofold.data.decode import decode, fit
+from twofold.data.sources import AUDIO_SUFFIXES, KINDS, Kind
 from twofold.errors import BundleError, UsageError
 from twofold.models import heads
-from twofold.models.encoders import (
-    ImageEncoder,
-    TextEncoder,
-    device_of,
-    fingerprint,
-    image_encoder,
-    inference,
-    pixels,
-    read_text_encoder,
-)
+from twofold.models.encoders import Encoder, device_of, fingerprint, inference, moved, read_encoder
 
-FORMAT = 1
-ENCODERS: dict[str, type[nn.Module]] = {"image": ImageEncoder, "text": TextEncoder}
+FORMAT = 2  # 1 had no kinds: a tower's name, image or text, was its kind
+NAME = re.compile(r"\w[\w -]*")  # of a tower, and so of its files
 
 
 class Tower(nn.Module):
     """An encoder, and the head that brings its features into the shared space; without a head, the features."""
 
-    def __init__(self, encoder: ImageEncoder | TextEncoder, head: nn.Module | None = None):
+    def __init__(self, encoder: Encoder, head: nn.Module | None = None):
         super().__init__()
         device = device_of(encoder)
         self.encoder = encoder
@@ -56,12 +48,16 @@ class Tower(nn.Module):
             self.dim: int = self.head(torch.zeros(1, encoder.dim, device=device)).shape[1]
 
     @property
+    def kind(self) -> Kind:
+        return self.encoder.kind
+
+    @property
     def spec(self) -> dict[str, Any]:
         return {"encoder": self.encoder.spec, "head": heads.describe(self.head)}
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        return getattr(self.encoder, "files", {})
+        return self.encoder.files
 
     def forward(self, x: Any) -> Float[Tensor, "b dim"]:
         return self.head(self.encoder(x))
@@ -72,7 +68,10 @@ class Tower(nn.Module):
 
 
 class Bundle:
-    """Towers by modality ("image", "text") into one space, and `meta`: what is worth telling about them, as JSON.
+    """Towers by modality ("image", "text", "speech", …) into one space, and `meta`: what is worth telling, as JSON.
+
+    A modality is the name of a column, and the tower's `kind` what such a column holds. A modality that is called like
+    a kind is of that kind.
 
     `heads` are what a method put on the towers for training only. They are kept for measuring behind them, as towers of
     their own that share their encoder, and have no part in embedding or in the fingerprint.
@@ -90,7 +89,9 @@ class Bundle:
         }
         self.meta = dict(meta or {})
         for name, tower in self.towers.items():
-            if name not in ENCODERS or not isinstance(tower.encoder, ENCODERS[name]):
+            if not NAME.fullmatch(name):
+                raise UsageError(f"{name!r} cannot name a tower: letters, digits, '_', '-' and spaces can.")
+            if name in KINDS and tower.kind != name:
                 raise UsageError(f"A bundle has no place for a {type(tower.encoder).__name__} as its {name!r} tower.")
         widths = {tower.dim for tower in self.towers.values()}
         if len(widths) != 1:
@@ -116,28 +117,45 @@ class Bundle:
         return self.towers[modality]
 
     def encode(
-        self, items: Sequence[Any], *, batch: int = 64, progress: Callable[[int, int], None] | None = None
+        self,
+        items: Sequence[Any],
+        *,
+        modality: str | None = None,
+        batch: int = 64,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Float[np.ndarray, "n d"]:
-        """Unit vectors of texts (str), or of pictures (Path, bytes, PIL image or array [h, w, c]).
+        """Unit vectors of texts (str), pictures (Path, bytes, PIL image or array [h, w, c]) or other items.
 
-        Meant for queries: a picture that cannot be decoded raises its DecodeError. `measure.embed` is for data sets.
-        `progress(done, total)` is told after each batch.
+        `modality` names the tower; without it, texts go to the one that reads, files of sounds to the one that hears,
+        and all else to the one that sees. Meant for queries: an item that cannot be decoded raises its DecodeError.
+        `measure.embed` is for data sets. `progress(done, total)` is told after each batch.
         """
         if len({isinstance(item, str) for item in items}) > 1:
             raise UsageError("Texts and pictures came in one list; encode them apart. A file is a Path, not a str.")
         if not items:
             return np.zeros((0, self.dim), np.float32)
-        tower = self.tower("text" if isinstance(items[0], str) else "image")
+        tower = self.tower(modality or self._modality_of(items[0]))
         device = device_of(tower)
         parts = []
         for start in range(0, len(items), batch):
             some = items[start : start + batch]
             with inference(tower):
-                z = tower(_inputs(tower.encoder, some, device)).float()
+                z = tower(moved(tower.encoder.inputs(some), device)).float()
             parts.append(nn.functional.normalize(z, dim=1).cpu().numpy())
             if progress:
                 progress(start + len(some), len(items))
         return np.concatenate(parts)
+
+    def _modality_of(self, item: Any) -> str:
+        """The tower for an item of which nothing else is said: the one of its kind."""
+        heard = isinstance(item, Path) and item.suffix.lower() in AUDIO_SUFFIXES
+        kind = "text" if isinstance(item, str) else "audio" if heard else "image"
+        fit = [name for name, tower in self.towers.items() if tower.kind == kind]
+        if kind in fit or not fit:
+            return kind
+        if len(fit) > 1:
+            raise UsageError(f"This bundle has several towers for {kind}: say modality={' or modality='.join(fit)}.")
+        return fit[0]
 
     def save(self, folder: Path | str) -> None:
         """Write the bundle whole or not at all. A bundle that is there is replaced; any other folder is left alone."""
@@ -165,7 +183,7 @@ class Bundle:
             _write_weights(folder / f"{name}.safetensors", tower)
             for file, content in tower.files.items():
                 write_atomically(folder / name / file, partial(Path.write_bytes, data=content))
-            described[name] = {**tower.spec, "dim": tower.dim, "fingerprint": tower.fingerprint()}
+            described[name] = {"kind": tower.kind, **tower.spec, "dim": tower.dim, "fingerprint": tower.fingerprint()}
         for name, tower in self.heads.items():
             _write_weights(folder / f"{name}.head.safetensors", tower.head)
         record = {
@@ -207,21 +225,46 @@ class Bundle:
             prints = {name: about["fingerprint"] for name, about in record["towers"].items()}
             if _joint(prints) != record["fingerprint"]:
                 raise ValueError("its fingerprints do not agree")
-        except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, UsageError) as error:
             raise BundleError(f"{path} is damaged ({type(error).__name__}: {error}). Copy the bundle again.") from error
         for tower in (*bundle.towers.values(), *bundle.heads.values()):
             tower.eval().requires_grad_(False).to(device or runtime.device())
         return bundle
 
 
+def kept_meta(folder: Path | str) -> dict[str, Any] | None:
+    """What the bundle in `folder` tells about itself, without loading it; None where there is none to read."""
+    try:
+        return json.loads((Path(folder) / "bundle.json").read_text("utf-8"))["meta"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def annotate(folder: Path | str, name: str, key: str, value: Any) -> Path:
+    """Put `value` at meta[name][key] of a bundle on disk, or of a run's; weights and fingerprint stay.
+
+    Returns the bundle's folder.
+    """
+    given = Path(folder)
+    found = next((place for place in (given, given / "bundle") if (place / "bundle.json").is_file()), None)
+    if found is None:
+        raise BundleError(f"{given} holds no bundle.json. Give the folder of a bundle, or of a run that finished.")
+    path = found / "bundle.json"
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        record["meta"].setdefault(name, {})[key] = value
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} is damaged ({type(error).__name__}: {error}). Copy the bundle again.") from error
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda fresh: fresh.write_text(text, "utf-8"))
+    return found
+
+
 def _read_tower(folder: Path, name: str, about: Mapping[str, Any]) -> Tower:
     with torch.random.fork_rng(devices=[]):  # layers draw weights that the saved ones replace
-        if name == "image":
-            encoder: ImageEncoder | TextEncoder = image_encoder(**about["encoder"], pretrained=False)
-        elif name == "text":
-            encoder = read_text_encoder(folder / name, about["encoder"], weights=False)
-        else:
-            raise UsageError(f"there is no kind of tower {name!r}")
+        if not NAME.fullmatch(name):
+            raise UsageError(f"there is no tower {name!r}")
+        encoder = read_encoder(about.get("kind", name), about["encoder"], folder / name)
         tower = Tower(encoder, heads.build(about["head"]))
     path = folder / f"{name}.safetensors"
     _read_weights(path, tower)
@@ -258,14 +301,6 @@ def _read_weights(path: Path, module: nn.Module) -> None:
         raise BundleError(f"{path} is missing. Copy the bundle again, all of its files.") from error
     except (OSError, SafetensorError, RuntimeError) as error:
         raise BundleError(f"{path} is damaged ({error}). Copy the bundle again.") from error
-
-
-def _inputs(encoder: nn.Module, items: Sequence[Any], device: torch.device) -> Any:
-    if isinstance(encoder, TextEncoder):
-        return {name: ids.to(device) for name, ids in encoder.tokenize(items).items()}
-    assert isinstance(encoder, ImageEncoder)
-    pictures = [fit(decode(item, channels=encoder.channels), encoder.size, how=encoder.how) for item in items]
-    return pixels(pictures).to(device)
 
 
 def _joint(fingerprints: Mapping[str, str]) -> str:

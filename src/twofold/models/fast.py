@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twofold.data.atomic import write_atomically
-from twofold.models.encoders import ImageEncoder, TextEncoder, device_of, fingerprint, inference
+from twofold.models.encoders import Encoder, ImageEncoder, TextEncoder, device_of, fingerprint, inference
 
 log = logging.getLogger("twofold")
 
@@ -37,7 +37,7 @@ class Fast:
         return self.run(x)
 
 
-def accelerate(encoder: ImageEncoder | TextEncoder, cache: Path) -> Fast:
+def accelerate(encoder: Encoder, cache: Path) -> Fast:
     """The encoder in evaluation mode as an ONNX Runtime graph, kept in `cache` under its fingerprint.
 
     The first call exports the graph (some seconds); each call compares it with PyTorch. Where the encoder is not on
@@ -46,6 +46,8 @@ def accelerate(encoder: ImageEncoder | TextEncoder, cache: Path) -> Fast:
     device = device_of(encoder)
     if device.type != "cpu":
         return Fast(_eager(encoder), "eager", f"the encoder is on {device}")
+    if not isinstance(encoder, ImageEncoder | TextEncoder):
+        return Fast(_eager(encoder), "eager", "no graph is made of such an encoder")
     path = cache / f"{fingerprint(encoder)}.onnx"
     for attempt in ("kept", "fresh"):
         try:
@@ -60,7 +62,7 @@ def accelerate(encoder: ImageEncoder | TextEncoder, cache: Path) -> Fast:
     return Fast(_eager(encoder), "eager", reason)
 
 
-def _eager(encoder: ImageEncoder | TextEncoder) -> Callable[[Inputs], Tensor]:
+def _eager(encoder: Encoder) -> Callable[[Inputs], Tensor]:
     if isinstance(encoder, ImageEncoder):
         encoder = copy.deepcopy(encoder).to(memory_format=torch.channels_last)
 
@@ -101,7 +103,7 @@ def _export(encoder: ImageEncoder | TextEncoder, path: Path) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(program.model_proto.SerializeToString()))
 
 
-def _session(encoder: ImageEncoder | TextEncoder, path: Path) -> Callable[[Inputs], Tensor]:
+def _session(encoder: Encoder, path: Path) -> Callable[[Inputs], Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -119,7 +121,7 @@ def _session(encoder: ImageEncoder | TextEncoder, path: Path) -> Callable[[Input
 def _examples(encoder: ImageEncoder | TextEncoder, batch: int) -> dict[str, Tensor]:
     """Inputs of a graph by name; noise, always the same."""
     if isinstance(encoder, TextEncoder):
-        return encoder.tokenize(["two", "a longer text than that", "and a third one"][:batch])
+        return encoder.batch(["two", "a longer text than that", "and a third one"][:batch])
     draw = torch.Generator().manual_seed(0)
     return {"pixels": torch.rand(batch, encoder.channels, encoder.size, encoder.size, generator=draw)}
 

@@ -14,7 +14,15 @@ from twofold.objectives.pairs import (
     sup_con,
     sup_con_chance,
 )
-from twofold.objectives.predictive import cosine_regression, negative_cosine
+from twofold.objectives.predictive import (
+    cosine_regression,
+    latent_regression,
+    masked_pixels,
+    masked_pixels_chance,
+    negative_cosine,
+    normal_tokens,
+    token_variance,
+)
 from twofold.objectives.statistics import (
     LeJEPALoss,
     VICRegLoss,
@@ -41,9 +49,13 @@ __all__ = [
     "dcl_chance",
     "info_nce",
     "info_nce_chance",
+    "latent_regression",
     "lejepa",
     "lejepa_chance",
+    "masked_pixels",
+    "masked_pixels_chance",
     "negative_cosine",
+    "normal_tokens",
     "nt_xent",
     "nt_xent_chance",
     "siglip",
@@ -52,6 +64,7 @@ __all__ = [
     "sigreg_chance",
     "sup_con",
     "sup_con_chance",
+    "token_variance",
     "triplet_batch_all",
     "triplet_chance",
     "triplet_margin",

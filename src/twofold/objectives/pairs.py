@@ -98,11 +98,7 @@ def info_nce(
     """
     _check_pairs("info_nce", q, k)
     _check_positive("info_nce", "temperature", temperature)
-    if negatives is not None and (negatives.ndim != 2 or negatives.shape[1] != q.shape[1]):
-        raise ValueError(
-            f"info_nce takes negatives [m, {q.shape[1]}], as wide as its queries {tuple(q.shape)}; "
-            f"got {tuple(negatives.shape)}."
-        )
+    _check_negatives("info_nce", negatives, q)
     q, k, bound = _unit(q) / temperature, _unit(k), _bound(1 / temperature)
     if negatives is None:
         rivals = log_sum_exp(q, k, bound=bound)
@@ -116,49 +112,98 @@ def info_nce_chance(candidates: int) -> float:
     return math.log(candidates)
 
 
-def clip(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], *, scale: Number) -> Float[Tensor, ""]:
+def clip(
+    a: Float[Tensor, "n d"],
+    b: Float[Tensor, "n d"],
+    *,
+    scale: Number,
+    negatives: Float[Tensor, "m d"] | None = None,
+    debias: float = 0.0,
+) -> Float[Tensor, ""]:
     """Normalises, then finds each a's b among all b and each b's a among all a (CLIP, figure 3).
 
     The mean of both cross-entropies. `scale` = exp(log-scale) multiplies the cosines; CLIP learns the log-scale
-    from ln(1/0.07) and keeps it ≤ ln 100.
+    from ln(1/0.07) and keeps it ≤ ln 100. `negatives` are more rows of b's kind that belong to no a: the a's have
+    n + m candidates. `debias` is the share of all rivals that are right in truth, taken out as `_debiased` says.
     """
     _check_pairs("clip", a, b)
     _check_positive("clip", "scale", scale)
-    a, b = _unit(a) * scale, _unit(b)
+    _check_negatives("clip", negatives, a)
+    if not 0 <= debias < 1:
+        raise ValueError(f"clip takes debias, a share of the rivals, from 0 to below 1; got {debias}.")
+    a, b, bound = _unit(a) * scale, _unit(b), _bound(scale)
     positive = (a * b).sum(1)
-    among_b, among_a = log_sum_exp_both_ways(a, b, bound=_bound(scale))
+    among_b, among_a = log_sum_exp_both_ways(a, b, bound=bound)
+    m = 0
+    if negatives is not None and len(negatives):
+        m, others = len(negatives), log_sum_exp(a, _unit(negatives), skip=(), bound=bound)
+        among_b = torch.logaddexp(among_b, others)
+    if debias:
+        n = len(a)
+        among_b = _debiased(among_b, positive, n - 1 + m, debias, scale)
+        among_a = _debiased(among_a, positive, n - 1, debias, scale)
     return (_cross_entropy(positive, among_b) + _cross_entropy(positive, among_a)) / 2
 
 
-def clip_chance(n: int) -> float:
-    """`clip` of n pairs whose embeddings tell nothing: ln n."""
-    return math.log(n)
+def clip_chance(n: int, negatives: int = 0) -> float:
+    """`clip` of n pairs, and so many negatives, whose embeddings tell nothing: ln n where there are none."""
+    return (math.log(n + negatives) + math.log(n)) / 2
 
 
-def siglip(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], *, scale: Number, bias: Number) -> Float[Tensor, ""]:
+def siglip(
+    a: Float[Tensor, "n d"],
+    b: Float[Tensor, "n d"],
+    *,
+    scale: Number,
+    bias: Number,
+    negatives: Float[Tensor, "m d"] | None = None,
+) -> Float[Tensor, ""]:
     """Normalises, then asks of each of the n² pairs whether it belongs together (SigLIP, algorithm 1).
 
     The sum over all pairs divided by n, not by n². SigLIP learns the log of `scale` from ln 10 and `bias` from
-    −10, which suits batches of about 22 000; for batches of n, −ln(n − 1) is the better start.
+    −10, which suits batches of about 22 000; for batches of n, −ln(n − 1) is the better start. `negatives` are more
+    rows of b's kind that belong to no a: n·m more pairs.
     """
     _check_pairs("siglip", a, b)
     _check_positive("siglip", "scale", scale)
-    a, b = _unit(a) * scale, _unit(b)
+    _check_negatives("siglip", negatives, a)
+    a, b, bound = _unit(a) * scale, _unit(b), _bound(scale) + _bound(bias)
     together = (a * b).sum(1) + bias
-    apart = softplus_sum(
-        a, b, bias=torch.as_tensor(bias, dtype=a.dtype, device=a.device), bound=_bound(scale) + _bound(bias)
-    )
+    bias = torch.as_tensor(bias, dtype=a.dtype, device=a.device)
+    apart = softplus_sum(a, b, bias=bias, bound=bound)
+    if negatives is not None and len(negatives):
+        apart = apart + softplus_sum(a, _unit(negatives), bias=bias, skip=(), bound=bound)
     return (apart - F.logsigmoid(together).sum()) / len(a)
 
 
-def siglip_chance(n: int) -> float:
-    """`siglip` of n pairs whose embeddings tell nothing, with the bias that suits them: about 1 + ln n.
+def siglip_chance(n: int, negatives: int = 0) -> float:
+    """`siglip` of n pairs, and so many negatives, whose embeddings tell nothing, with the bias that suits: ≈ 1 + ln n.
 
     One logit c for every pair costs softplus(−c) + (n − 1)·softplus(c), which is least at σ(c) = 1/n, that is
     c = −ln(n − 1), and there ln n + (n − 1)·ln(n/(n − 1)): n times the entropy, in nats, of a coin that falls
-    heads once in n. Any other bias costs more: a small batch under a bias of −10 starts above this.
+    heads once in n. Any other bias costs more: a small batch under a bias of −10 starts above this. A negative is one
+    more candidate of each a.
     """
+    n += negatives
     return math.log(n) + (n - 1) * math.log(n / (n - 1)) if n > 1 else 0.0
+
+
+def _debiased(
+    rivals: Float[Tensor, "n"], positive: Float[Tensor, "n"], count: int, share: float, scale: Number
+) -> Float[Tensor, "n"]:
+    """The log-sum-exp of `count` rivals, of which `share` are right in truth (arXiv 2007.00224, eq. 7 and 8).
+
+    A right one is taken to score as the positive does. So the mean over wrong ones is (mean − share·e^positive) over
+    (1 − share), and at least e^−scale, than which no logit is less.
+    """
+    if not count:
+        return rivals
+    mean = rivals - math.log(count)
+    least = -torch.as_tensor(scale, dtype=rivals.dtype, device=rivals.device)
+    # What is taken out over what it is taken from; cut off before exp, whose overflow would make gradients NaN.
+    gone = (math.log(share) + positive - mean).clamp(max=-1e-6).exp()
+    corrected = mean + torch.log1p(-gone) - math.log1p(-share)
+    return math.log(count) + torch.maximum(corrected, least)
 
 
 def _decoupled(name: str, z1: Tensor, z2: Tensor, temperature: Number) -> Float[Tensor, "2n"]:
@@ -195,6 +240,14 @@ def _check_pairs(name: str, a: Tensor, b: Tensor) -> None:
         raise ValueError(
             f"{name} pairs row i of one matrix with row i of the other: two [n, d] of the same shape, n ≥ 1; "
             f"got {tuple(a.shape)} and {tuple(b.shape)}."
+        )
+
+
+def _check_negatives(name: str, negatives: Tensor | None, q: Tensor) -> None:
+    if negatives is not None and (negatives.ndim != 2 or negatives.shape[1] != q.shape[1]):
+        raise ValueError(
+            f"{name} takes negatives [m, {q.shape[1]}], as wide as its queries {tuple(q.shape)}; "
+            f"got {tuple(negatives.shape)}."
         )
 
 

@@ -84,6 +84,21 @@ def hardest(z: Float[Tensor, "n d"], labels: Int64[Tensor, "n"]) -> tuple[Int64[
     return positive, negative
 
 
+@torch.no_grad()
+def nearest(
+    x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], *, skip: Sequence[int] = (0,)
+) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "m"]]:
+    """For each row of x the row of y with the greatest product, and for each row of y that of x; 0 where all skip."""
+    of_x, of_y = (torch.zeros(len(rows), dtype=torch.long, device=x.device) for rows in (x, y))
+    best_x, best_y = x.new_full((len(x),), -math.inf), x.new_full((len(y),), -math.inf)
+    for i, j, products, _ in _tiles(x, y, skip):
+        for best, of, dim, own, other in ((best_x, of_x, 1, i, j), (best_y, of_y, 0, j, i)):
+            value, at = products.max(dim)
+            of[own] = torch.where(value > best[own], at + other.start, of[own])
+            best[own] = torch.maximum(value, best[own])
+    return of_x, of_y
+
+
 class _LogSumExp(torch.autograd.Function):
     """Sums of rows and, with `both`, of columns. Without y, x meets itself and the two are one vector."""
 

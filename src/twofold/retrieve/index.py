@@ -5,35 +5,43 @@
     vectors/          every vector made so far, by content: the truth, and why nothing is embedded twice
     items/0002.jsonl  what a snapshot holds: id, content key and metadata of each item
     chroma/0002/      the same as a Chroma store; made from the two above, and made again where it is damaged
+    thumbs/           small pictures: of items whose source holds their pictures (a table, arrays) from the build on, of
+                      files when they are first asked for
 
 A build writes a new snapshot beside the old one and then points index.json at it. Whoever searches meanwhile keeps the
 old one, and a build that is killed leaves no trace but the vectors that it had finished.
 """
 
 import contextlib
+import hashlib
 import json
+import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from twofold.data.atomic import write_atomically
-from twofold.data.decode import OnError, Skipped, skip_report
+from twofold.data.decode import OnError, Skipped, skip_report, thumbnail
 from twofold.data.sources import Modality, Source, open_source
 from twofold.data.vectors import Vectors
-from twofold.errors import DataError, FingerprintMismatch, StoreError, UsageError, unknown
+from twofold.errors import DataError, DecodeError, FingerprintMismatch, StoreError, UsageError, unknown
 from twofold.measure.embed import embed
-from twofold.models.bundle import Bundle
+from twofold.models.bundle import Bundle, kept_meta
+from twofold.retrieve.layout import layout
 from twofold.retrieve.retriever import Picture, Retriever
 from twofold.retrieve.store import ChromaStore, Claim, ExactStore, Hit, Scalar, Store, Where, scalars
 
+THUMBNAIL = 320  # pixels of the longer side
 CHUNK = 8192  # items whose vectors are in memory at once
-ENTRIES = {"index.json", "model", "vectors", "items", "chroma", "twofold.lock"}
+ENTRIES = {"index.json", "model", "vectors", "items", "chroma", "thumbs", "feedback.jsonl", "map", "twofold.lock"}
 
 Existing = Literal["keep", "prune", "replace"]
 Progress = Callable[[int, int], None]
@@ -78,7 +86,8 @@ class Index:
 
     def __init__(self, path: Path, head: Head, bundle: Bundle, store: Store):
         self.path, self.head, self.bundle, self.store = path, head, bundle, store
-        self.search = Retriever(bundle, store).search
+        self.retriever = Retriever(bundle, store)
+        self.search = self.retriever.search
 
     @classmethod
     def open(cls, path: str | Path, model: str | Path | Bundle | None = None, *, exact: bool = False) -> "Index":
@@ -101,6 +110,23 @@ class Index:
                         "as does the next `twofold index`."
                     ) from error
                 head = now  # a build has ended since we read index.json, and swept away what that named
+
+    def items(self) -> Iterator[tuple[str, dict[str, Scalar]]]:
+        """Every item's id and columns, read from the disk one after the other."""
+        for name, item in _lines(self.path, self.head):
+            yield name, item.meta
+
+    def map(self) -> tuple[list[str], Float[np.ndarray, "n 2"]]:
+        """Ids and where they lie on a plane of 0..1 (see `layout`); made once for each state of the index."""
+        file = self.path / "map" / f"{self.head.snapshot}.npz"
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file) as kept:
+            return kept["ids"].tolist(), kept["places"]
+        ids = self.store.ids()
+        places = layout(self.store.vectors(ids)).astype(np.float32)
+        with contextlib.suppress(OSError):  # a full or read-only disk: laid out again the next time
+            shutil.rmtree(file.parent, ignore_errors=True)
+            write_atomically(file, lambda path: _save_map(path, ids, places))
+        return ids, places
 
     @property
     def stale(self) -> bool:
@@ -146,7 +172,7 @@ class Index:
             raise unknown("choice of existing", existing, ("keep", "prune", "replace"))
         with _writing(out):
             was = _read_head(out) if (out / "index.json").exists() else None
-            modality = modality or (was.modality if was else "text" if source.images is None else "image")
+            modality = modality or (was.modality if was else _first(source, bundle))
             head = _new_head(source, bundle, modality, was)
             if was and existing != "replace":
                 if was.modality != modality:
@@ -170,6 +196,7 @@ class Index:
                 head = replace(head, snapshot=was.snapshot, built=was.built)
             else:
                 _write_snapshot(out, head, new, vectors, was, old)
+            _keep_thumbnails(out, source, found, old)
             _publish(out, head, bundle, was)
         return Built(
             items=len(new),
@@ -219,14 +246,14 @@ def search(
     text: str | None = None,
     *,
     image: Picture | None = None,
-    id: str | None = None,
+    like: str | Sequence[str] = (),
     minus: str | None = None,
     k: int = 10,
     where: Where | None = None,
 ) -> list[Hit]:
     """Open an index and search it once (see `Retriever.search`); for several searches keep an `Index` open."""
     with contextlib.closing(Index.open(index)) as opened:
-        return opened.search(text, image=image, id=id, minus=minus, k=k, where=where)
+        return opened.search(text, image=image, like=like, minus=minus, k=k, where=where)
 
 
 # -- Items ------------------------------------------------------------------------------------------------------------
@@ -246,7 +273,8 @@ def _embedded(
     done = embed(bundle, source.take(todo), modality, vectors=vectors, on_error=on_error, progress=progress, quiet=True)
     key_of = {source.ids[i]: keys[i] for i in todo}
     reasons = {key_of[name]: reason for name, reason in done.skipped}
-    if modality == "text" and done.ids:  # `embed` keeps a vector for each text; the item's own is their mean direction
+    if source.modalities.get(modality) == "text" and done.ids:
+        # `embed` keeps a vector for each text; the item's own is their mean direction
         units = done.matrix / np.linalg.norm(done.matrix, axis=1, keepdims=True)
         vectors.append([key_of[name] for name in done.ids], np.add.reduceat(units, done.offsets[:-1]))
     items, skipped = {}, []
@@ -256,6 +284,12 @@ def _embedded(
         else:
             skipped.append(Skipped(name, reasons.get(key, "it changed while it was being read")))
     return items, skipped
+
+
+def _first(source: Source, bundle: Bundle) -> Modality:
+    """The source's first column that the bundle has a tower for."""
+    first = next(iter(source.modalities), "image")  # which the bundle will say that it has no tower for
+    return next((name for name in source.modalities if name in bundle.towers), first)
 
 
 def _meta(source: Source, i: int) -> dict[str, Scalar]:
@@ -269,7 +303,43 @@ def _meta(source: Source, i: int) -> dict[str, Scalar]:
         columns["split"] = source.splits[i]
     if source.images is not None and isinstance(image := source.images[i], Path):
         columns["image"] = image.resolve()
+    for name, (kind, cells) in source.columns.items():
+        if kind == "text" and cells[i]:
+            columns[name] = cells[i][0]
+        elif isinstance(cells[i], Path):
+            columns[name] = cells[i].resolve()
     return scalars({name: column[i] for name, column in source.meta.items()} | columns)
+
+
+def thumbnail_place(index: Path, id: str) -> Path:
+    """Where the small picture of an item lies, once there is one; no id, whatever is in it, leads elsewhere."""
+    name = hashlib.blake2b(id.encode(), digest_size=16).hexdigest()
+    return index / "thumbs" / name[:2] / f"{name}.webp"
+
+
+def _save_map(path: Path, ids: list[str], places: Float[np.ndarray, "n 2"]) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, ids=np.array(ids), places=places)
+
+
+def keep_thumbnail(place: Path, content: bytes) -> None:
+    """Whole or absent; it can be made again, so nobody waits until it is on the disk for certain."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+    temporary.write_bytes(content)
+    temporary.replace(place)
+
+
+def _keep_thumbnails(path: Path, source: Source, found: dict[str, Item], old: dict[str, Item]) -> None:
+    """Small pictures of items that have no file of their own, before the source is closed."""
+    for name, image in zip(source.ids, source.images or (), strict=bool(source.images)):
+        if isinstance(image, Path) or name not in found:
+            continue
+        place = thumbnail_place(path, name)
+        if old.get(name) == found[name] and place.exists():
+            continue
+        with contextlib.suppress(DecodeError):  # an item found by its text may have no picture
+            keep_thumbnail(place, thumbnail(image, THUMBNAIL, name=name))
 
 
 # -- The folder -------------------------------------------------------------------------------------------------------
@@ -325,10 +395,15 @@ def _items_file(path: Path, head: Head) -> Path:
 
 
 def _read_items(path: Path, head: Head) -> dict[str, Item]:
+    return dict(_lines(path, head))
+
+
+def _lines(path: Path, head: Head) -> Iterator[tuple[str, Item]]:
     file = _items_file(path, head)
     try:
         with open(file, encoding="utf-8") as lines:
-            return {row["id"]: Item(row["key"], row["meta"]) for row in map(json.loads, lines)}
+            for row in map(json.loads, lines):
+                yield row["id"], Item(row["key"], row["meta"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"{file} is missing or damaged ({error}). `twofold index {head.source} --model {path / 'model'} "
@@ -408,7 +483,7 @@ def _fill(path: Path, head: Head, items: dict[str, Item], vectors: Vectors, old:
 
 def _publish(path: Path, head: Head, bundle: Bundle | None, was: Head | None) -> None:
     """Point index.json at the new snapshot, then sweep away what nobody reads any more."""
-    if bundle is not None and (was is None or was.bundle != head.bundle or not (path / "model").exists()):
+    if bundle is not None and (was is None or was.bundle != head.bundle or kept_meta(path / "model") != bundle.meta):
         bundle.save(path / "model")
     if head != was:
         text = json.dumps(asdict(head), indent=2) + "\n"

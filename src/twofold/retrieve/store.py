@@ -26,11 +26,15 @@ Where = Mapping[str, Scalar | Mapping[str, Sequence[Scalar]]]
 
 
 class Hit(NamedTuple):
-    """One item found. `score` is its cosine with the query, −1..1: an order, not a probability."""
+    """One item found. `score` is its cosine with the query, −1..1, or what a remedy made of it: an order.
+
+    `probability` is that of the item belonging to the query, where a `Retriever` has a calibration for it.
+    """
 
     id: str
     score: float
     meta: dict[str, Scalar]
+    probability: float | None = None
 
 
 class Store(Protocol):
@@ -50,6 +54,9 @@ class Store(Protocol):
 
     def vectors(self, ids: Sequence[str]) -> Float[np.ndarray, "n d"]:
         """The unit vectors of these items; StoreError for an id that is not there."""
+
+    def meta(self, ids: Sequence[str]) -> list[dict[str, Scalar]]:
+        """The columns of these items; StoreError for an id that is not there."""
 
     def ids(self) -> list[str]:
         """Every id, sorted."""
@@ -101,6 +108,10 @@ class ExactStore:
     def vectors(self, ids: Sequence[str]) -> Float[np.ndarray, "n d"]:
         _all_known(ids, self._row)
         return self._matrix[[self._row[name] for name in ids]]
+
+    def meta(self, ids: Sequence[str]) -> list[dict[str, Scalar]]:
+        _all_known(ids, self._row)
+        return [dict(sorted(self._meta[self._row[name]].items())) for name in ids]
 
     def ids(self) -> list[str]:
         return sorted(self._row)
@@ -237,6 +248,15 @@ class ChromaStore:
                 found.update(zip(got["ids"], got["embeddings"], strict=True))
         _all_known(ids, found)
         return np.array([found[name] for name in ids], np.float32).reshape(len(ids), self.dim)
+
+    def meta(self, ids: Sequence[str]) -> list[dict[str, Scalar]]:
+        found: dict[str, Mapping] = {}
+        with self._doing("read metadata"):
+            for part in self._batches(len(ids)):
+                got = self._items.get(list(ids[part]), include=["metadatas"])
+                found.update(zip(got["ids"], ({**(row or {})} for row in got["metadatas"]), strict=True))
+        _all_known(ids, found)
+        return [dict(sorted(found[name].items())) for name in ids]
 
     def ids(self) -> list[str]:
         with self._doing("list its ids"):

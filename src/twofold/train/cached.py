@@ -21,14 +21,15 @@ from torch.utils.checkpoint import checkpoint
 from twofold import runtime
 from twofold.errors import UsageError
 from twofold.methods.base import Method
-from twofold.models.encoders import ImageEncoder, TextEncoder
+from twofold.models.base import Encoder
+from twofold.models.tokens import ClipTokens, Tokens
 
 Rows = Tensor | Mapping[str, Tensor]
 
 
 def encoders(method: Method) -> list[nn.Module]:
-    """What is expensive in a method: its picture and text encoders, copies that follow them too; else whole towers."""
-    found: list[nn.Module] = [part for part in method.modules() if isinstance(part, ImageEncoder | TextEncoder)]
+    """What is expensive in a method: its encoders, copies that follow them too; else whole towers."""
+    found: list[nn.Module] = [part for part in method.modules() if isinstance(part, Encoder)]
     bare = [tower for tower in method.towers().values() if not any(part in found for part in tower.modules())]
     return list(dict.fromkeys(found + bare))
 
@@ -38,6 +39,11 @@ def chunked(method: Method, chunk: int) -> Iterator[None]:
     """Inside, the method's encoders run over `chunk` rows at a time, and no activations of them are kept."""
     if chunk < 1:
         raise UsageError(f"A chunk has a row at least; got chunk={chunk}.")
+    if any(isinstance(part, Tokens | ClipTokens) for part in method.modules()):
+        raise UsageError(
+            f"{type(method).__name__} compares no samples with each other, so a batch in chunks (--chunk {chunk}) has "
+            "nothing to win. Take a smaller batch and a lower learning rate."
+        )
 
     def forward(encoder: nn.Module, x: Rows) -> Tensor:
         # A class's own forward: the instance's is this one.

@@ -22,17 +22,24 @@ class Checkpoint(NamedTuple):
     step: int  # steps done
     tensors: dict[str, Tensor]
     scaler: dict[str, Any]  # of float16's gradients; empty in other precisions
+    score: float | None = None  # why these weights were kept, where they were the best so far
 
 
 def save(
-    path: Path, method: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, scaler: Mapping[str, Any] = {}
+    path: Path,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    step: int,
+    scaler: Mapping[str, Any] = {},
+    score: float | None = None,
 ) -> None:
-    """The state of `method`, `optimizer` and gradient scaler (numbers) after `step` steps."""
+    """The state of `method`, `optimizer` (None: weights alone) and gradient scaler (numbers) after `step` steps."""
     tensors = {f"method.{name}": value for name, value in method.state_dict().items()}
-    for name, state in _optimizer_state(method, optimizer).items():
+    for name, state in (_optimizer_state(method, optimizer) if optimizer else {}).items():
         tensors |= {f"optimizer.{name}/{key}": value for key, value in state.items()}
     own = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    metadata = {"step": json.dumps(step), "scaler": json.dumps(dict(scaler))}
+    metadata = {"step": json.dumps(step), "scaler": json.dumps(dict(scaler)), "score": json.dumps(score)}
     write_atomically(path, lambda temporary: save_file(own, temporary, metadata))
 
 
@@ -42,15 +49,16 @@ def load(path: Path) -> Checkpoint:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-            return Checkpoint(json.loads(metadata["step"]), tensors, json.loads(metadata.get("scaler", "{}")))
+            scaler, score = metadata.get("scaler", "{}"), metadata.get("score", "null")
+            return Checkpoint(json.loads(metadata["step"]), tensors, json.loads(scaler), json.loads(score))
     except (SafetensorError, KeyError, ValueError) as error:
         raise TrainingError(
             f"{path} is not a readable checkpoint ({error}). Remove it to start this run again."
         ) from error
 
 
-def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint back into the method and the optimiser that it was saved from."""
+def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Put a checkpoint back into the method and the optimiser that it was saved from; None: into the method alone."""
     weights = _under(checkpoint.tensors, "method.")
     try:
         method.load_state_dict(weights)
@@ -61,7 +69,7 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: torch.optim.Op
         parameter, key = name.rsplit("/", 1)
         states.setdefault(parameter, {})[key] = value
     for name, weight in method.named_parameters():
-        if name in states:
+        if optimizer and name in states:
             optimizer.state[weight] = {
                 # As the weights lie in memory; but AdamW counts its steps on the CPU whatever their device.
                 key: value if key == "step" else torch.empty_like(weight).copy_(value)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +20,7 @@ from lightning_fabric import Fabric
 
 from twofold import runtime
 from twofold.data.atomic import write_atomically
-from twofold.errors import TrainingError
+from twofold.errors import TrainingError, UsageError
 from twofold.measure.collapse import effective_rank
 from twofold.methods.base import Method, Out
 from twofold.models.norm import synchronised
@@ -31,7 +31,7 @@ from twofold.train.log import Log, read_log
 from twofold.train.optim import Optimizer
 from twofold.train.profile import Profile, Profiler
 
-CHECKPOINT, PROFILE = "checkpoint.safetensors", "profile.json"
+CHECKPOINT, BEST, PROFILE = "checkpoint.safetensors", "best.safetensors", "profile.json"
 RANK_ROWS = 512  # the rank of so many rows is logged; it is what a singular value decomposition costs little for
 
 
@@ -44,13 +44,58 @@ class StepBatches(Protocol):
 
 
 class Run(NamedTuple):
-    """What `fit` leaves: the folder, the steps done, the log's lines, the seconds that this call took, its profile."""
+    """What `fit` leaves: the folder, the steps done, the log's lines, the seconds that this call took, its profile.
+
+    `best` is the step whose weights the method ends with, where a `Watch` chose among them.
+    """
 
     out: Path
     steps: int
     log: list[dict[str, Any]]
     seconds: float
     profile: Profile | None = None
+    best: int | None = None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Early stopping: `score` a method `every` so many steps, and end with the weights that scored highest.
+
+    Training stops when `patience` scores in a row were no better than the best.
+    """
+
+    score: Callable[[Method], float]
+    every: int
+    patience: int
+    name: str = "score"  # in the log
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.patience < 1:
+            raise UsageError(f"A watch looks every step or less often, and waits for one score at least; got {self}.")
+
+
+class _Best:
+    """The best score so far and the step it was taken in; what a resumed run has to know is in the file alone.
+
+    A run that was killed behind its last checkpoint may find the best of a step that it has not yet come to again. It
+    will come to the very same, so nothing that is done before then can differ.
+    """
+
+    def __init__(self, path: Path, watch: Watch):
+        self.path, self.watch = path, watch
+        self.score, self.step = -math.inf, 0
+        if path.exists():
+            saved = checkpoints.load(path)
+            self.score, self.step = saved.score or 0.0, saved.step
+
+    def consider(self, method: Method, score: float, step: int, *, write: bool) -> None:
+        if score > self.score:
+            self.score, self.step = score, step
+            if write:
+                checkpoints.save(self.path, method, None, step=step, score=score)
+
+    def exhausted(self, step: int) -> bool:
+        return step >= self.step + self.watch.patience * self.watch.every
 
 
 def fit(
@@ -65,6 +110,7 @@ def fit(
     save_every: int = 100,
     log_every: int = 10,
     probes: Mapping[str, Callable[[Method], float]] = {},
+    watch: Watch | None = None,
     record: Mapping[str, Any] = {},
     fabric: Fabric | None = None,
     profile: bool = False,
@@ -74,10 +120,11 @@ def fit(
 
     `out` receives run.json (what was asked for), log.jsonl and checkpoint.safetensors; the method is trained in place.
     `chunk` runs the encoders over so many rows at a time, for batches that memory does not hold: `train.cached`.
-    `probes` are evaluated where a checkpoint is written; `record` is what else run.json shall hold (JSON values), and
-    what a resumed run must agree with. Several processes: pass a launched `fabric`; BatchNorm then sees the batch of
-    all of them, unless the method says otherwise. `profile` tells where the time of the first steps goes, and writes it
-    to profile.json. Ctrl-C and SIGTERM finish the step, write a checkpoint and then interrupt.
+    `probes` are evaluated where a checkpoint is written; `watch` stops early and keeps the best weights, which
+    best.safetensors holds. `record` is what else run.json shall hold (JSON values), and what a resumed run must agree
+    with. Several processes: pass a launched `fabric`; BatchNorm then sees the batch of all of them, unless the method
+    says otherwise. `profile` tells where the time of the first steps goes, and writes it to profile.json. Ctrl-C and
+    SIGTERM finish the step, write a checkpoint and then interrupt.
 
     Raises TrainingError where the loss is not finite (the last good checkpoint stays), where a batch has too few rows
     to normalise by, and where `out` holds a run that was asked for differently.
@@ -97,6 +144,7 @@ def fit(
         "seed": seed,
         "chunk": chunk,
         "optimizer": asdict(optimizer),
+        **({"watch": [watch.name, watch.every, watch.patience]} if watch else {}),
     }
     _agree(out / "run.json", asked, write=fabric.is_global_zero)
     method.to(memory_format=torch.channels_last)  # convolutions take a half to a third of the time
@@ -109,6 +157,7 @@ def fit(
         if saved.scaler:
             fabric.strategy.precision.load_state_dict(saved.scaler)
         first = saved.step
+    best = _Best(out / BEST, watch) if watch else None
     fabric.barrier()
 
     log = Log(out / "log.jsonl", step=first) if fabric.is_global_zero else None
@@ -121,8 +170,8 @@ def fit(
     )
     profiler = Profiler(method) if profile and log is not None else None
 
-    def flush(done: int, result: Out, rate: float) -> None:
-        """Look at the losses since the last flush; log the last one."""
+    def flush(done: int, result: Out, rate: float, scored: Mapping[str, float]) -> None:
+        """Look at the losses since the last flush; log the last one, with the score of the weights if it was taken."""
         # What is not finite in one process is so in the sum: all of them stop here, and none waits for one that did.
         losses = fabric.all_reduce(torch.stack(pending)).tolist()  # type: ignore[union-attr]
         pending.clear()
@@ -133,7 +182,7 @@ def fit(
                     f"learning rate (now {optimizer.lr}), warm up longer, or clip the gradient (--optimizer.clip 1)."
                 )
         rank = effective_rank(result.z[:RANK_ROWS])
-        figures = {"loss": losses[-1], "chance": result.chance, "rank": rank}
+        figures = {"loss": losses[-1], "chance": result.chance, "rank": rank, **scored}
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         if log is not None:
             parts = {name: float(value) for name, value in result.parts.items()}
@@ -152,7 +201,16 @@ def fit(
         if not quiet:
             TERMINAL.print(str(found), highlight=False, soft_wrap=True)
 
-    last_saved = first
+    def score(done: int) -> Mapping[str, float]:
+        """The score of these weights, where one is due; the first process takes it for all."""
+        if watch is None or best is None or not (done % watch.every == 0 or done == steps):
+            return {}
+        scored = fabric.broadcast(_probed(method, {watch.name: watch.score}) if log is not None else {})
+        best.consider(method, scored[watch.name], done, write=log is not None)
+        return scored
+
+    last_saved = done = first
+    ends = first if best and best.exhausted(first) else steps  # a run that had stopped early does not go on
     method.train()
     with ExitStack() as around:
         if chunk is not None:
@@ -162,7 +220,7 @@ def fit(
         around.enter_context(line)
         interrupted = around.enter_context(_interruptible())
         around.enter_context(torch.random.fork_rng(enabled=True))
-        for step in range(first, steps):
+        for step in range(first, ends):
             with profiler.step() if profiler else nullcontext():
                 torch.manual_seed(runtime.seed_of(seed, "step", step, runtime.world()[0]))
                 rate = optimizer.schedule(raw, step, steps=steps)
@@ -181,10 +239,12 @@ def fit(
 
                 done = step + 1
                 pending.append(result.loss.detach().float())
-                stop = stopping(done)
+                scored = score(done)
+                enough = best is not None and best.exhausted(done)
+                stop = stopping(done) or enough
                 save = stop or done % save_every == 0
-                if save or done % log_every == 0:
-                    flush(done, result, rate)
+                if save or scored or done % log_every == 0:
+                    flush(done, result, rate, scored)
                 if save:
                     last_saved = done
                 if save and log is not None:
@@ -194,12 +254,17 @@ def fit(
                         log.write({"step": done, **_probed(method, probes)})
             if profiler and profiler.profile and (stop or profiler.complete):
                 report(profiler.profile)
+            if enough:
+                break
             if stop and done < steps:
                 raise KeyboardInterrupt(f"stopped after step {done}; the same command goes on from there")
     fabric.barrier()
+    if best and best.step:
+        checkpoints.restore(checkpoints.load(best.path), method, None)
     method.eval()
     found = profiler.profile if profiler else None
-    return Run(out, steps, read_log(out / "log.jsonl"), time.monotonic() - started, found)
+    log_lines = read_log(out / "log.jsonl")
+    return Run(out, done, log_lines, time.monotonic() - started, found, best.step if best else None)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Optimisers and schedules. A schedule is a function of the step, so resuming it takes no state."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -75,7 +75,11 @@ def _trust(p: Tensor, g: Tensor, *, eta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Which optimiser, how fast, for how long warmed up. `lr` is the peak; nothing is scaled behind your back."""
+    """Which optimiser, how fast, for how long warmed up. `lr` is the peak; nothing is scaled behind your back.
+
+    `factors` multiply it for parts of a method: the start of a parameter's name → a factor, the longest start wins.
+    {"pair.towers.text.encoder": 0.01} lets a pretrained text encoder go a hundredth as far as what is new.
+    """
 
     name: Literal["adamw", "lars", "sgd"] = "adamw"
     lr: float = 1e-3
@@ -84,6 +88,7 @@ class Optimizer:
     momentum: float = 0.9  # AdamW's first beta
     warmup: int = 0  # steps
     clip: float = 0.0  # largest gradient norm; 0 clips nothing
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.name not in ("adamw", "lars", "sgd"):
@@ -93,27 +98,46 @@ class Optimizer:
         for name in ("weight_decay", "final_weight_decay", "warmup", "clip"):
             if not (getattr(self, name) or 0) >= 0:
                 raise UsageError(f"{name} must not be negative; got {getattr(self, name)}.")
+        if odd := [start for start, factor in self.factors.items() if not factor >= 0]:
+            raise UsageError(f"A factor of the learning rate must not be negative; that of {odd[0]} is.")
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
         """The optimiser of everything in `module` that learns; axes < 2 (biases, norms, temperatures) never decay."""
-        learning = [p for p in module.parameters() if p.requires_grad]
+        learning = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        names = [name for name, _ in learning]
+        if idle := [start for start in self.factors if not any(name.startswith(start) for name in names)]:
+            raise UsageError(f"No parameter that learns has a name that starts with {idle[0]!r}.")
+        parts: dict[float, list[nn.Parameter]] = {1.0: []}
+        for name, p in learning:
+            parts.setdefault(self._factor(name), []).append(p)
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in learning if p.ndim >= 2], "weight_decay": self.weight_decay, "decays": True},
-            {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0, "decays": False},
+            {
+                "params": [p for p in part if (p.ndim >= 2) == decays],
+                "weight_decay": self.weight_decay if decays else 0.0,
+                "decays": decays,
+                "factor": factor,
+            }
+            for factor, part in parts.items()
+            for decays in (True, False)
         ]
         if self.name == "lars":
-            groups[1]["adapt"] = False
+            for group in groups:
+                group["adapt"] = group["decays"]
             return LARS(groups, lr=self.lr, momentum=self.momentum)
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.momentum, 0.999))
 
+    def _factor(self, name: str) -> float:
+        starts = [start for start in self.factors if name.startswith(start)]
+        return self.factors[max(starts, key=len)] if starts else 1.0
+
     def schedule(self, optimizer: torch.optim.Optimizer, step: int, *, steps: int) -> float:
-        """Set what `build` made to the learning rate and weight decay of `step`; returns the rate."""
+        """Set what `build` made to the learning rate and weight decay of `step`; returns the rate, without factors."""
         rate = self.lr * warmup_cosine(step, steps=steps, warmup=self.warmup)
         final = self.weight_decay if self.final_weight_decay is None else self.final_weight_decay
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
             if group["decays"]:
                 group["weight_decay"] = cosine(self.weight_decay, final, progress=step / steps)
         return rate

@@ -23,6 +23,7 @@ from twofold.methods.pair import View
 from twofold.models.bundle import Bundle, Tower
 from twofold.models.encoders import ImageEncoder, TextEncoder, image_encoder, text_encoder
 from twofold.progress import Line
+from twofold.train.align import linked, pair_batches
 from twofold.train.loop import Run, fit
 from twofold.train.optim import Optimizer
 from twofold.views import PRESETS, Policy, policies
@@ -72,6 +73,10 @@ def train(
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
+    if "clip" in METHODS[name].needs:
+        raise UsageError(
+            f"{name} is for clips [n, frames, c, h, w], which only `fit` takes so far: docs/methods/{name}.md."
+        )
     chosen = _policies(name, setting.policy, changes)
     fabric = _fabric(setting)
     fabric.launch()
@@ -87,6 +92,8 @@ def train(
     source = _usable(name, method.needs, data.split("train") if data.splits is not None else data, setting.limit)
     size = picture.size
     stored = size if size <= 64 else size * 8 // 7  # crops of large pictures keep some detail to choose from
+    for policy in chosen:
+        policy.check(setting.channels, stored, stored)
     with Line("decode", unit="images", quiet=quiet or not fabric.is_global_zero) as line:
         pixels, kept, skipped = decoded(
             source,
@@ -104,7 +111,12 @@ def train(
     named = setting.policy is None or setting.policy in PRESETS
     own_views = {} if named and not changes else {"policies": [policy.to_dict() for policy in chosen]}
     by_class = {"classes": columns["label"], "each": setting.per_class} if setting.per_class else {}
-    batches = Batches(columns, batch=setting.batch, seed=setting.seed, **by_class)
+    if "text" in method.needs:
+        links = linked(source.take(kept), ("image", "text"))
+        told = quiet or not fabric.is_global_zero
+        batches = pair_batches(columns, links, batch=setting.batch, seed=setting.seed, quiet=told)
+    else:
+        batches = Batches(columns, batch=setting.batch, seed=setting.seed, **by_class)
     with _compiled(method) if setting.compile else nullcontext():
         run = fit(
             method,
@@ -207,8 +219,8 @@ def _policies(name: str, policy: str | None, changes: Mapping[str, Any]) -> tupl
     chosen = chosen * len(own) if len(chosen) == 1 else chosen  # one policy is every view's
     if of_pictures and parameter and get_args(parameter.annotation)[-1] is not ... and len(chosen) != len(own):
         raise UsageError(
-            f"{name} compares {len(own)} views; the policy {policy!r} has {len(chosen)}. "
-            f"Take one of {len(own)} views, or a method of any number, such as lejepa."
+            f"{name} {f'compares {len(own)} views' if len(own) > 1 else 'looks at one view'}; the policy {policy!r} "
+            f"has {len(chosen)}. Take one of {len(own)}, or a method of any number, such as lejepa."
         )
     return tuple(replace(one, **changes) for one in chosen)
 
@@ -233,6 +245,6 @@ def _tokens(encoder: TextEncoder) -> View:
     def view(texts: list[str], draw: torch.Generator) -> dict[str, torch.Tensor]:
         device = next(encoder.parameters()).device
         with runtime.part("views"):
-            return {name: ids.to(device) for name, ids in encoder.tokenize(texts).items()}
+            return {name: ids.to(device) for name, ids in encoder.batch(texts).items()}
 
     return view

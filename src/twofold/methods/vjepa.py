@@ -1,0 +1,85 @@
+"""V-JEPA — Revisiting Feature Prediction for Learning Visual Representations from Video (arXiv 2404.08471, section 3).
+
+Hide tubes of a clip, places that stay hidden throughout, and predict what a slowly moving copy of the encoder, which
+sees the whole clip, makes of them. Since nothing beside a tube shows what moves inside it, motion must be understood.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from twofold import runtime, views
+from twofold.errors import UsageError
+from twofold.methods.base import Method, Out
+from twofold.models.ema import Ema
+from twofold.models.images import ImageEncoder
+from twofold.models.predictor import Blocks, Predictor
+from twofold.models.tokens import ClipTokens
+from twofold.objectives import latent_regression, token_variance
+from twofold.runtime import gather
+from twofold.views import Policy
+from twofold.views.masks import taken, tubes
+
+SHORT = partial(tubes, blocks=8, scale=(0.15, 0.15))  # section 3.2: the clip is encoded once behind each of the masks
+LONG = partial(tubes, blocks=2, scale=(0.7, 0.7))
+
+
+class VJEPA(Method):
+    """`encoder` is a vision transformer of pictures, whose blocks clips of `frames` [b, t, c, h, w] start from.
+
+    All frames of a clip are seen alike. `momentum` rises to 1 in a line.
+    """
+
+    needs = ("clip",)
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        *,
+        policies: tuple[Policy] = (views.IJEPA,),
+        predictor: Blocks = Blocks(12, 384, 12),  # noqa: B008 — frozen
+        frames: int = 16,
+        tubelet: int = 2,
+        momentum: float = 0.998,
+    ):
+        super().__init__()
+        if not 0 <= momentum < 1:
+            raise UsageError(f"momentum starts in [0, 1) and rises to 1; got {momentum}.")
+        self.tokens, self.policies, self.momentum = (
+            ClipTokens(encoder, frames=frames, tubelet=tubelet),
+            policies,
+            momentum,
+        )
+        self.predictor = Predictor(predictor, dim=self.tokens.dim, out=self.tokens.dim, grid=self.tokens.grid)
+        self.target = Ema(self.tokens)
+
+    def forward(self, batch: Mapping[str, Any], draw: torch.Generator) -> Out:
+        x = alike(self.policies[0], batch["clip"], draw)
+        with torch.no_grad():
+            h = self.target(x)
+        losses = []
+        for mask in (SHORT, LONG):
+            keep, hidden = mask(len(x), self.tokens.grid, draw=draw).to(x.device)
+            predicted = self.predictor(self.tokens(x, keep), keep, hidden)
+            losses.append(latent_regression(predicted, taken(h, hidden), beta=0.0))
+        loss = gather(torch.stack(losses).mean(0)).mean()
+        return Out(loss, z=h.mean(1), parts={"target_variance": token_variance(h)})
+
+    def after_step(self, progress: float) -> None:
+        self.target.update(self.tokens, self.momentum + (1 - self.momentum) * progress)
+
+    def towers(self) -> dict[str, nn.Module]:
+        return {"clip": self.target.copy}
+
+
+def alike(policy: Policy, clips: Shaped[Tensor, "b t c h w"], draw: torch.Generator) -> Float[Tensor, "b t c s s"]:
+    """A view of each clip: what is drawn is drawn once, for all of its frames."""
+    count, frames, _, height, width = clips.shape
+    with runtime.part("views"):
+        drawn = policy.parameters(count, height, width, draw)
+        drawn = drawn._make(column.repeat_interleave(frames, 0) for column in drawn)
+        return policy.render(clips.flatten(0, 1), drawn).unflatten(0, (count, frames))

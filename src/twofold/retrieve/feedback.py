@@ -1,0 +1,89 @@
+"""What people said of what they found: an append-only file beside an index, and the training data it amounts to."""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from twofold.errors import StoreError
+
+FILE = "feedback.jsonl"
+
+
+class Click(NamedTuple):
+    """Somebody looked for `text` (or for the like of the items `like`) and found that `id` is, or is not, meant."""
+
+    text: str | None
+    like: tuple[str, ...]
+    id: str
+    relevant: bool
+    when: str = ""  # ISO 8601, local time with offset
+
+    @property
+    def question(self) -> tuple[str | None, tuple[str, ...]]:
+        return self.text, self.like
+
+
+class Judged(NamedTuple):
+    """One question with the items that were found right and wrong; the last word on an item counts."""
+
+    text: str | None
+    like: tuple[str, ...]
+    positives: list[str]
+    negatives: list[str]
+
+
+class Feedback:
+    """The clicks of one index. Each is on the disk when `add` returns; processes may add at the same time."""
+
+    def __init__(self, index: Path | str):
+        self.path = Path(index) / FILE
+
+    def add(self, click: Click) -> None:
+        row = click._replace(when=click.when or time.strftime("%Y-%m-%dT%H:%M:%S%z"))._asdict()
+        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        with open(self.path, "ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever was killed in the middle of a line must not spoil the next one.
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                line = b"\n" + line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def __iter__(self) -> Iterator[Click]:
+        """Every click, oldest first; a line that was cut short is passed over."""
+        with contextlib.suppress(FileNotFoundError), open(self.path, encoding="utf-8") as lines:
+            for line in lines:
+                with contextlib.suppress(json.JSONDecodeError):
+                    row = json.loads(line)
+                    try:
+                        yield Click(row["text"], tuple(row["like"]), row["id"], row["relevant"], row["when"])
+                    except (KeyError, TypeError) as error:
+                        raise StoreError(f"{self.path} holds a line that is no click ({error}): {line[:80]}") from error
+
+    def judged(self) -> list[Judged]:
+        """Every question that got an answer, in the order in which they were first asked."""
+        questions: dict[tuple, dict[str, bool]] = {}
+        for click in self:
+            answers = questions.setdefault(click.question, {})
+            answers.pop(click.id, None)  # the last word also comes last
+            answers[click.id] = click.relevant
+        return [
+            Judged(text, like, [name for name, yes in found.items() if yes], [n for n, yes in found.items() if not yes])
+            for (text, like), found in questions.items()
+        ]
+
+    def triplets(self) -> list[tuple[str, str, str]]:
+        """(words, item that is meant, item that is not) of every question in words that has both."""
+        return [
+            (one.text, positive, negative)
+            for one in self.judged()
+            if one.text
+            for positive in one.positives
+            for negative in one.negatives
+        ]

@@ -1,0 +1,133 @@
+"""An index that stays open for many: warm, one search beside the other, and up to date when a build has ended."""
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from twofold.data.decode import Raw, thumbnail
+from twofold.errors import StoreError
+from twofold.retrieve.feedback import Click, Feedback
+from twofold.retrieve.index import THUMBNAIL, Index, keep_thumbnail, thumbnail_place
+from twofold.retrieve.store import Hit, Where
+
+LARGE = 1600  # pixels of the longer side of a picture that is looked at alone
+CHOICES = 60  # a column of more values than these gives no filter
+LOOK = 2.0  # seconds between two looks whether the index was built anew
+
+
+class Column(NamedTuple):
+    """A column that a page can filter by: its values, most frequent first, with how many items have each."""
+
+    name: str
+    values: list[tuple[Any, int]]
+
+
+class Service:
+    """What the routes of `app` do, without HTTP. Its methods may be called by many threads at once.
+
+    `roots` are the folders whose pictures may be shown; the default is where the index was made from. A picture that
+    lies elsewhere, or is reached by a link that leads out, is not.
+    """
+
+    def __init__(self, path: Path | str, *, roots: Sequence[Path | str] = ()):
+        self.path = Path(path)
+        self.feedback = Feedback(self.path)
+        self._lock, self._laying = threading.Lock(), threading.Lock()
+        self._open = Index.open(self.path)
+        self._looked = time.monotonic()
+        source = Path(self._open.head.source)
+        home = [source if source.is_dir() else source.parent] if source.exists() else []
+        given = [Path(root) for root in roots] or home
+        self.roots = [root.resolve() for root in given]
+        self._columns: tuple[str, list[Column]] | None = None
+        if "text" in self._open.bundle.towers:  # the first search shall not be the slow one
+            self._open.search("warm", k=1)
+
+    @property
+    def index(self) -> Index:
+        """The index as the last build left it."""
+        with self._lock:
+            if time.monotonic() - self._looked > LOOK:
+                self._looked = time.monotonic()
+                # A build in progress, or one that was killed, leaves the old state readable: that is served on.
+                with contextlib.suppress(StoreError):
+                    if self._open.stale:
+                        fresh = Index.open(self.path)
+                        # Searches that still run on the old one hold it; its files are swept by the next build.
+                        self._open = fresh
+            return self._open
+
+    def search(self, *, image: Raw | None = None, where: Where | None = None, **wanted: Any) -> list[Hit]:
+        """`Retriever.search` on the newest state."""
+        return self.index.search(image=image, where=where, **wanted)
+
+    def item(self, id: str) -> dict[str, Any]:
+        """An item's columns; StoreError where there is none."""
+        return self.index.store.meta([id])[0]
+
+    def picture(self, id: str, *, large: bool = False) -> bytes | None:
+        """An item's picture as WebP, made anew from its pixels, so without what the file says of place and camera.
+
+        None where it has none that may be shown: no picture, a file that is gone, or one outside the roots.
+        """
+        place = thumbnail_place(self.path, id)
+        file = self._file(self.item(id))
+        if file is None:  # its source held the picture, and the build kept a small one
+            return place.read_bytes() if place.exists() else None
+        if large:
+            return thumbnail(file, LARGE, name=id)
+        try:
+            if place.stat().st_mtime >= file.stat().st_mtime:
+                return place.read_bytes()
+        except FileNotFoundError:
+            pass
+        content = thumbnail(file, THUMBNAIL, name=id)
+        with contextlib.suppress(OSError):  # a full or read-only disk: shown all the same
+            keep_thumbnail(place, content)
+        return content
+
+    def _file(self, meta: dict[str, Any]) -> Path | None:
+        named = meta.get("image")
+        if not isinstance(named, str):
+            return None
+        real = Path(named).resolve()
+        return real if real.is_file() and any(real.is_relative_to(root) for root in self.roots) else None
+
+    def columns(self) -> list[Column]:
+        """What can be filtered by: columns of 2 to 60 values that at least two items share on average."""
+        index = self.index
+        if self._columns and self._columns[0] == index.head.snapshot:
+            return self._columns[1]
+        counts: dict[str, Counter] = {}
+        for _, meta in index.items():
+            for name, value in meta.items():
+                held = counts.setdefault(name, Counter())
+                if len(held) <= CHOICES:
+                    held[value] += 1
+        columns: list[Column] = []
+        for name, held in counts.items():
+            column = Column(name, held.most_common())
+            same = any(column.values == other.values for other in columns)  # "label" often says what another one does
+            if 2 <= len(held) <= CHOICES and held.total() >= 2 * len(held) and not same:
+                columns.append(column)
+        self._columns = index.head.snapshot, columns
+        return columns
+
+    def plane(self) -> tuple[list[str], np.ndarray]:
+        """`Index.map`, made by one caller while the others wait for it."""
+        with self._laying:
+            return self.index.map()
+
+    def judge(self, click: Click) -> None:
+        """Keep what somebody said of a hit; StoreError for an item that is not there."""
+        self.item(click.id)
+        self.feedback.add(click)
+
+    def close(self) -> None:
+        self._open.close()
