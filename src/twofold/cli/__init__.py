@@ -15,6 +15,7 @@ from twofold.cli.evaluate import evaluate
 from twofold.cli.flags import Verb
 from twofold.cli.index import index
 from twofold.cli.methods import methods
+from twofold.cli.pairs import pairs
 from twofold.cli.search import search
 from twofold.cli.serve import key, serve
 from twofold.cli.train import train
@@ -26,6 +27,7 @@ VERBS: dict[str, Verb] = {
     "views": views,
     "train": train,
     "align": align,
+    "pairs": pairs,
     "evaluate": evaluate,
     "calibrate": calibrate,
     "embed": embed,

@@ -134,7 +134,7 @@ def align(
     _check_towers(towers, pairs, recipe)
     weighed = read_weights(weights) if isinstance(weights, Path | str) else Weights(weights or {})
     weighed.check(pairs)
-    train, held = _parts(_with_texts(pairs, towers), towers, recipe)
+    train, held = _parts(with_texts(pairs, towers), towers, recipe)
     train = train.take(np.flatnonzero(weighed.shares(train, towers)))
     with torch.random.fork_rng():  # an encoder from scratch draws its weights
         torch.manual_seed(runtime.seed_of(recipe.seed, "encoders"))
@@ -142,7 +142,7 @@ def align(
         for name, spec in towers.items():
             column = train.column(name)
             encoders[name] = encoder(spec, column.kind, column=column)
-    train, features, skipped = _embedded(train, encoders, on_error=on_error, quiet=quiet)
+    train, features, skipped = embedded(train, encoders, on_error=on_error, quiet=quiet)
     shared = _share_a_space(features, linked(train, towers))
     with torch.random.fork_rng():
         torch.manual_seed(runtime.seed_of(recipe.seed, "weights"))
@@ -226,7 +226,7 @@ def _check_towers(towers: Mapping[Modality, str], pairs: Source, recipe: Recipe)
         )
 
 
-def _with_texts(pairs: Source, towers: Mapping[Modality, str]) -> Source:
+def with_texts(pairs: Source, towers: Mapping[Modality, str]) -> Source:
     """The items that have both sides, without texts that are blank or stand twice at their item."""
     columns = {name: column for name in towers if (column := pairs.column(name)).kind == "text"}
     cells = {
@@ -273,7 +273,7 @@ def linked(source: Source, modalities: Iterable[Modality]) -> Int[np.ndarray, "n
     return sharing(*columns)
 
 
-def _embedded(
+def embedded(
     source: Source, encoders: Mapping[Modality, Encoder], *, on_error: OnError, quiet: bool
 ) -> tuple[Source, dict[Modality, Embedded], list[Skipped]]:
     """The items that every encoder can read, and their features; what is trained later is read once here, too."""
@@ -506,7 +506,7 @@ class _Validation:
         *,
         quiet: bool,
     ) -> "_Validation":
-        held, features, _ = _embedded(held, encoders, on_error="skip", quiet=quiet)
+        held, features, _ = embedded(held, encoders, on_error="skip", quiet=quiet)
         return cls(held, features, linked(held, towers), sides)
 
     def __call__(self, method: Method) -> float:
