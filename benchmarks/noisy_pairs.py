@@ -27,7 +27,8 @@ from twofold.train.pairs import audit_pairs
 
 RESULTS = Path(__file__).parent / "results" / "noisy_pairs.json"
 SHARE = 0.2
-RECIPE = Recipe(epochs=30)
+JUDGES = Recipe(epochs=30)
+RECIPE = Recipe()
 
 
 def shuffled(source: Source, seed: int) -> tuple[Source, set[tuple[str, str]]]:
@@ -72,7 +73,7 @@ def run(captions: Path, seed: int, folder: Path) -> dict:
     clean, test = data.split("train"), data.split("test")
     noisy, wrong = shuffled(clean, seed)
     audit = audit_pairs(
-        replace(noisy, splits=None), out=folder / "audit", recipe=replace(RECIPE, seed=seed), quiet=True
+        replace(noisy, splits=None), out=folder / "audit", recipe=replace(JUDGES, seed=seed), quiet=True
     )
     right = np.array([(pair.id, pair.text) in wrong for pair in audit.pairs])
     row: dict = {

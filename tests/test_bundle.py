@@ -82,7 +82,7 @@ def test_a_run_folder_that_holds_one_will_do(saved):
 
 
 def test_embeddings_are_unit_rows_in_order_whatever_the_batch(bundle):
-    z = bundle.encode(pictures(5), batch=2)
+    z = bundle.encode(pictures(5), batch_size=2)
     assert z.shape == (5, 8) and z.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(z, np.concatenate([bundle.encode([picture]) for picture in pictures(5)]), atol=1e-5)

@@ -12,6 +12,7 @@ from twofold.cli.calibrate import calibrate
 from twofold.cli.demo import demo
 from twofold.cli.embed import embed
 from twofold.cli.evaluate import evaluate
+from twofold.cli.export import export
 from twofold.cli.flags import Verb
 from twofold.cli.index import index
 from twofold.cli.methods import methods
@@ -31,6 +32,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": evaluate,
     "calibrate": calibrate,
     "embed": embed,
+    "export": export,
     "index": index,
     "search": search,
     "serve": serve,

@@ -1,6 +1,7 @@
 """`twofold pairs`."""
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,7 +81,7 @@ def pairs(
         ("pairs.html", page(audit, notice=notice)),
         ("pairs.json", jsonlib.dumps(figures, indent=1, ensure_ascii=False) + "\n"),
     ):
-        write_atomically(out / name, lambda path, content=content: path.write_text(content, "utf-8"))
+        write_atomically(out / name, partial(Path.write_text, data=content, encoding="utf-8"))
     if json:
         print_json(figures)
         return

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from twofold import __version__, runtime
 from twofold.data.atomic import sync_folder, write_atomically
 from twofold.data.sources import AUDIO_SUFFIXES, KINDS, Kind
-from twofold.errors import BundleError, UsageError
+from twofold.errors import BundleError, UsageError, unknown
 from twofold.models import heads
 from twofold.models.encoders import Encoder, device_of, fingerprint, inference, moved, read_encoder
+from twofold.progress import Line
 
 FORMAT = 2  # 1 had no kinds: a tower's name, image or text, was its kind
 NAME = re.compile(r"\w[\w -]*")  # of a tower, and so of its files
@@ -65,6 +66,13 @@ class Tower(nn.Module):
     def fingerprint(self) -> str:
         """Of all that decides an embedding. Without a head it is the encoder's own: their vectors are the same."""
         return fingerprint(self.encoder if isinstance(self.head, nn.Identity) else self)
+
+
+class _Card:
+    """Where sentence-transformers' evaluators leave their figures, which they also return; a bundle keeps none."""
+
+    def set_evaluation_metrics(self, *_: Any) -> None:
+        pass
 
 
 class Bundle:
@@ -118,33 +126,68 @@ class Bundle:
 
     def encode(
         self,
-        items: Sequence[Any],
+        items: Any,
         *,
         modality: str | None = None,
-        batch: int = 64,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Float[np.ndarray, "n d"]:
+        batch_size: int = 64,
+        show_progress_bar: bool | None = False,
+        normalize_embeddings: bool = True,
+        convert_to_tensor: bool = False,
+        convert_to_numpy: bool = True,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        truncate_dim: int | None = None,
+        precision: str | None = "float32",
+    ) -> Any:
         """Unit vectors of texts (str), pictures (Path, bytes, PIL image or array [h, w, c]) or other items.
 
+        A list gives a matrix [n, d], one item its vector [d]; NumPy, or a tensor with `convert_to_tensor`. Names and
+        defaults are those of sentence-transformers, so that what takes its models takes a bundle, but for
+        `normalize_embeddings`, which is on. `prompt` is put before each text; `truncate_dim` keeps the first numbers.
+
         `modality` names the tower; without it, texts go to the one that reads, files of sounds to the one that hears,
-        and all else to the one that sees. Meant for queries: an item that cannot be decoded raises its DecodeError.
-        `measure.embed` is for data sets. `progress(done, total)` is told after each batch.
+        and all else to the one that sees. An item that cannot be decoded raises its DecodeError. `measure.embed` is for
+        data sets: it keeps what it made.
         """
-        if len({isinstance(item, str) for item in items}) > 1:
+        if prompt_name is not None:
+            raise UsageError(f"A bundle keeps no prompts, so there is none named {prompt_name!r}; give prompt=….")
+        if precision not in (None, "float32"):
+            raise unknown("precision", precision, ["float32"])
+        one = not isinstance(items, list | tuple) and not (isinstance(items, np.ndarray) and items.dtype.kind in "UO")
+        listed = [items] if one else [str(item) if isinstance(item, np.str_) else item for item in items]
+        if len({isinstance(item, str) for item in listed}) > 1:
             raise UsageError("Texts and pictures came in one list; encode them apart. A file is a Path, not a str.")
+        if prompt and listed and isinstance(listed[0], str):
+            listed = [prompt + text for text in listed]
+        z = self._encoded(listed, modality, batch_size, quiet=not show_progress_bar)[:, :truncate_dim]
+        if normalize_embeddings:
+            z = nn.functional.normalize(z, dim=1)
+        z = z[0] if one else z
+        return z if convert_to_tensor or not convert_to_numpy else z.cpu().numpy()
+
+    encode_query = encode_document = encode  # for both sides of a search alike
+    similarity_fn_name = "cosine"
+    model_card_data = _Card()
+
+    @staticmethod
+    def similarity(a: Any, b: Any) -> Float[Tensor, "n m"]:
+        """Cosines of each row of `a` with each of `b`, as sentence-transformers' models have it."""
+        a, b = (nn.functional.normalize(torch.atleast_2d(torch.as_tensor(each)), dim=1) for each in (a, b))
+        return a @ b.T
+
+    def _encoded(self, items: list, modality: str | None, batch: int, *, quiet: bool) -> Float[Tensor, "n d"]:
         if not items:
-            return np.zeros((0, self.dim), np.float32)
+            return torch.zeros(0, self.dim)
         tower = self.tower(modality or self._modality_of(items[0]))
         device = device_of(tower)
         parts = []
-        for start in range(0, len(items), batch):
-            some = items[start : start + batch]
-            with inference(tower):
-                z = tower(moved(tower.encoder.inputs(some), device)).float()
-            parts.append(nn.functional.normalize(z, dim=1).cpu().numpy())
-            if progress:
-                progress(start + len(some), len(items))
-        return np.concatenate(parts)
+        with Line("encode", unit="items", quiet=quiet) as line:
+            for start in range(0, len(items), batch):
+                some = items[start : start + batch]
+                with inference(tower):
+                    parts.append(tower(moved(tower.encoder.inputs(some), device)).float())
+                line.update(start + len(some), len(items))
+        return torch.cat(parts)
 
     def _modality_of(self, item: Any) -> str:
         """The tower for an item of which nothing else is said: the one of its kind."""

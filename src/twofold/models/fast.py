@@ -53,7 +53,7 @@ def accelerate(encoder: Encoder, cache: Path) -> Fast:
         try:
             if attempt == "fresh" or not path.is_file():
                 _export(encoder, path)
-            run = _session(encoder, path)
+            run = session(path)
             _compare(run, encoder)
             return Fast(run, "onnxruntime")
         except Exception as error:  # exporter and runtime raise about everything, and PyTorch is always there
@@ -85,40 +85,48 @@ class _Flat(nn.Module):
 
 
 def _export(encoder: ImageEncoder | TextEncoder, path: Path) -> None:
-    examples = _examples(encoder, 2)
-    axes = {0: torch.export.Dim.DYNAMIC}
-    if isinstance(encoder, TextEncoder):
+    module = _Flat(encoder).eval() if isinstance(encoder, TextEncoder) else encoder
+    export_graph(module, examples(encoder, 2), path, output="features")
+
+
+def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], path: Path, *, output: str) -> None:
+    """Write `module` as an ONNX graph; the batch is free, and so is the length of what has one."""
+    axes: dict[int, Any] = {0: torch.export.Dim.DYNAMIC}
+    if "input_ids" in inputs:
         axes[1] = torch.export.Dim.DYNAMIC
-    with inference(encoder), warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+    variadic = type(module).forward.__code__.co_flags & 0x04  # forward(*inputs): their shapes come as one tuple
+    shapes: Any = ((axes,) * len(inputs),) if variadic else (axes,) * len(inputs)
+    with inference(module), warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         program: Any = torch.onnx.export(
-            _Flat(encoder).eval() if isinstance(encoder, TextEncoder) else encoder,
-            tuple(examples.values()),
+            module,
+            tuple(inputs.values()),
             dynamo=True,
             verbose=False,
-            input_names=list(examples),
-            output_names=["features"],
-            dynamic_shapes=(axes,) * len(examples),
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=shapes,
         )
     write_atomically(path, lambda temporary: temporary.write_bytes(program.model_proto.SerializeToString()))
 
 
-def _session(encoder: Encoder, path: Path) -> Callable[[Inputs], Tensor]:
+def session(path: Path) -> Callable[[Inputs], Tensor]:
+    """An ONNX graph, ready to run on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session: Any = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    opened: Any = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
 
     def run(x: Inputs) -> Tensor:
         feeds = {name: value.numpy() for name, value in ({"pixels": x} if isinstance(x, Tensor) else x).items()}
-        return torch.from_numpy(session.run(None, feeds)[0])
+        return torch.from_numpy(opened.run(None, feeds)[0])
 
     return run
 
 
-def _examples(encoder: ImageEncoder | TextEncoder, batch: int) -> dict[str, Tensor]:
+def examples(encoder: ImageEncoder | TextEncoder, batch: int) -> dict[str, Tensor]:
     """Inputs of a graph by name; noise, always the same."""
     if isinstance(encoder, TextEncoder):
         return encoder.batch(["two", "a longer text than that", "and a third one"][:batch])
@@ -128,8 +136,8 @@ def _examples(encoder: ImageEncoder | TextEncoder, batch: int) -> dict[str, Tens
 
 def _compare(run: Callable[[Inputs], Tensor], encoder: ImageEncoder | TextEncoder) -> None:
     """ValueError if `run` and the encoder differ, on another batch size than the graph was made with."""
-    examples = _examples(encoder, 3)
-    x: Inputs = examples if isinstance(encoder, TextEncoder) else examples["pixels"]
+    inputs = examples(encoder, 3)
+    x: Inputs = inputs if isinstance(encoder, TextEncoder) else inputs["pixels"]
     with inference(encoder):
         expected = encoder(x)
     error = (run(x) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
