@@ -223,7 +223,7 @@ def test_single_texts_have_weights_of_their_own(tmp_path, no_training):
     weights = read_weights(table)
     pairs = words(texts)
     towers = {"v": "vectors", "text": READS}
-    assert weights.shares(pairs, towers).tolist() == [0.0] + [0.5] * 11
+    assert weights.shares(pairs, towers).tolist() == [0.0] + [1.0] * 11, "the other text gets the visits"
     seen = no_training(pairs, tmp_path, towers=towers, recipe=replace(SMALL, batch=3), weights=table)
     assert seen["record"]["items"] == 11
     text = seen["batches"].columns["text"]

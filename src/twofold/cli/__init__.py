@@ -16,6 +16,7 @@ from twofold.cli.export import export
 from twofold.cli.flags import Verb
 from twofold.cli.index import index
 from twofold.cli.methods import methods
+from twofold.cli.mine import mine
 from twofold.cli.pairs import pairs
 from twofold.cli.search import search
 from twofold.cli.serve import key, serve
@@ -29,6 +30,7 @@ VERBS: dict[str, Verb] = {
     "train": train,
     "align": align,
     "pairs": pairs,
+    "mine": mine,
     "evaluate": evaluate,
     "calibrate": calibrate,
     "embed": embed,

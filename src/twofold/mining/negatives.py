@@ -33,9 +33,7 @@ class Guards:
     near: float | None = 0.95  # as close to a positive as this cosine: a near-duplicate
     bits: int | None = 6  # its picture's perceptual hash differs in so few of 64 places: the same picture again
     share: float | None = 0.95  # beyond this share of the way from an unrelated item's score to the positive's
-    zero: float | None = (
-        None  # an unrelated item's score: 0 in NV-Retriever; None takes each query's mean over the corpus
-    )
+    zero: float | None = None  # an unrelated item's score: 0 in NV-Retriever; None is each query's mean over the corpus
     margin: float | None = None  # closer below the positive's score than this
     ceiling: float | None = None  # above the score that this share of all true pairs stay under
     skip: float = 0  # among the first so many ranks; below 1, in that share of the corpus
@@ -56,8 +54,9 @@ class Known:
     """What is known of the corpus beside its vectors; a column has one entry a row.
 
     `same`: columns in which a candidate must not equal a positive; None equals nothing, a frozenset whatever shares a
-    member with it. `asked`: those of them in which a query has a value of its own, which then counts instead. `alike`: other embeddings of the rows, of the pictures that the texts belong to, in
-    which near-duplicates may show as well. `prints`: `perceptual_hashes`.
+    member with it. `asked`: those of them in which a query has a value of its own, which then counts instead. `alike`:
+    other embeddings of the rows, of the pictures that the texts belong to, in which near-duplicates may show as well.
+    `prints`: `perceptual_hashes`.
     """
 
     same: Mapping[str, Sequence[Hashable]] = field(default_factory=dict)

@@ -81,7 +81,7 @@ def mine(
     anchor: str = "image",
     against: str = "text",
     k: int = 5,
-    guards: Guards = Guards(),
+    guards: Guards = Guards(),  # noqa: B008 — frozen
     same: Sequence[str] = (),
     search: Search | None = None,
     depth: int = 100,

@@ -16,7 +16,8 @@ from twofold.errors import DataError
 class Weights:
     """The share of its visits that a pair keeps, 0..1; what is not named keeps them all, and 0 drops it.
 
-    `texts` are of an item's text by (id, text), `items` of whole items by id.
+    `texts` are of an item's text by (id, text), `items` of whole items by id. What a text of an item loses, its others
+    gain: an item is seen as often as its best text deserves.
     """
 
     items: Mapping[str, float] = field(default_factory=dict)
@@ -52,13 +53,12 @@ class Weights:
         return np.array(own, np.float64)
 
     def shares(self, source: Source, modalities: Mapping[Modality, object]) -> Float[np.ndarray, "n"]:
-        """How many of its visits each item keeps: its own weight, and the mean of those of its texts."""
+        """How many of its visits each item keeps: its own weight, by that of its best text, which gets the others' visits."""
         shares: np.ndarray = np.array([self.items.get(id, 1.0) for id in source.ids], np.float64)
         for modality in modalities:
             if self.texts and source.modalities[modality] == "text":
-                counts = [len(own) for own in source.column(modality).cells]
-                starts = np.cumsum([0, *counts[:-1]])
-                shares = shares * np.add.reduceat(self.of_texts(source, modality), starts) / np.array(counts)
+                starts = np.cumsum([0, *(len(own) for own in source.column(modality).cells)])[:-1]
+                shares = shares * np.maximum.reduceat(self.of_texts(source, modality), starts)
         if len(shares) and not shares.any():
             raise DataError(f"{self.name} leaves none of the {len(source):,} items of {source.name}: all weigh 0.")
         return shares
