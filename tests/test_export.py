@@ -165,7 +165,7 @@ def test_chroma_keeps_and_checks_the_model(bundle, picture, tmp_path):
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_left(bundle, tmp_path, capsys):
-    with pytest.raises(UsageError, match="target of an export 'onyx'.*'onnx'"):
+    with pytest.raises(UsageError, match=r"target of an export 'onyx'.*'onnx'"):
         export(bundle, "onyx", tmp_path / "x")
     small = Bundle({"image": image_encoder("timm:resnet18/4", size=32, small_stem=True)})
     with pytest.raises(UsageError, match="no name in timm"):

@@ -81,5 +81,5 @@ def alike(policy: Policy, clips: Shaped[Tensor, "b t c h w"], draw: torch.Genera
     count, frames, _, height, width = clips.shape
     with runtime.part("views"):
         drawn = policy.parameters(count, height, width, draw)
-        drawn = drawn._make(column.repeat_interleave(frames, 0) for column in drawn)
+        drawn = type(drawn)(*(column.repeat_interleave(frames, 0) for column in drawn))
         return policy.render(clips.flatten(0, 1), drawn).unflatten(0, (count, frames))

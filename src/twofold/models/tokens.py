@@ -104,7 +104,7 @@ class ClipTokens(nn.Module):
         self.embed = nn.Linear(tubelet * flat.weight[0].numel(), self.dim)
         with torch.no_grad():
             self.embed.weight.copy_(flat.weight.flatten(1).repeat(1, tubelet) / tubelet)
-            self.embed.bias.copy_(0 if flat.bias is None else flat.bias)
+            self.embed.bias.copy_(torch.zeros_like(self.embed.bias) if flat.bias is None else flat.bias)
         self.blocks, self.norm = body.blocks, nn.Sequential(body.norm, body.fc_norm)
         self.register_buffer("mean", encoder.mean.clone())
         self.register_buffer("std", encoder.std.clone())

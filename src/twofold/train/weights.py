@@ -53,7 +53,7 @@ class Weights:
         return np.array(own, np.float64)
 
     def shares(self, source: Source, modalities: Mapping[Modality, object]) -> Float[np.ndarray, "n"]:
-        """How many of its visits each item keeps: its own weight, by that of its best text, which gets the others' visits."""
+        """How many of its visits each item keeps: its own weight times that of its best text."""
         shares: np.ndarray = np.array([self.items.get(id, 1.0) for id in source.ids], np.float64)
         for modality in modalities:
             if self.texts and source.modalities[modality] == "text":

@@ -1,0 +1,270 @@
+"""Do hard negatives help, and do guards keep false ones out? Recall by how they were mined, three seeds.
+
+    python benchmarks/hard_negatives.py FLICKR8K/captions.csv      # half an hour on two cores, embeddings not counted
+
+Heads over frozen default encoders, as `twofold align` trains them with SigLIP. A first model mines, and a second one of
+the same seed starts anew with what was mined: five negatives a picture, one of them on each visit. `random` are as many
+captions of other pictures by chance; `refreshed` mines by itself every ten epochs instead. OpenMoji is searched by the
+names of held-out emoji, and its skin tones tell what of the mined is false: variants of one emoji differ in them alone.
+Nothing is chosen on test pictures.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from twofold import runtime
+from twofold.data.atomic import write_atomically
+from twofold.data.cache import decoded
+from twofold.data.loader import Batches, Choice
+from twofold.data.sources import Source, open_source
+from twofold.measure.embed import embed
+from twofold.measure.retrieval import retrieval
+from twofold.methods import Method, SigLIP
+from twofold.methods.negatives import WithNegatives
+from twofold.mining import NAIVE, Guards, Known, Mined, hard_negatives, perceptual_hashes
+from twofold.models.encoders import encoder
+from twofold.models.heads import Standardize, mlp
+from twofold.train.loop import fit
+from twofold.train.mine import normalised
+from twofold.train.optim import Optimizer
+
+RESULTS = Path(__file__).parent / "results" / "hard_negatives.json"
+K, EPOCHS, BATCH, EVERY = 5, 60, 1024, 10
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One split: features of pictures and texts, and what guards may know."""
+
+    source: Source
+    images: Tensor
+    texts: Tensor
+    offsets: np.ndarray
+
+    @property
+    def owner(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.images)), np.diff(self.offsets))
+
+    def positives(self) -> list[range]:
+        return [range(*pair) for pair in zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)]
+
+
+def part(data: Source, split: str) -> Part:
+    source = data.split(split)
+    images = embed(encoder("efficientnet-lite0"), source, "image")
+    source = source.take(images.kept)
+    texts = embed(encoder("minilm"), source, "text")
+    return Part(source, torch.from_numpy(images.matrix), torch.from_numpy(texts.matrix), texts.offsets)
+
+
+def known(train: Part, heads: nn.ModuleDict) -> Known:
+    """What `twofold mine` knows without being told: items, words, files, hashes, and the pictures of the texts."""
+    owner = torch.from_numpy(train.owner)
+    words = [normalised(text) for texts in train.source.texts or () for text in texts]
+    files = train.source.keys("image")
+    pixels = torch.from_numpy(np.array(decoded(train.source, 32).pixels))
+    return Known(
+        same={"item": train.owner.tolist(), "text": words, "picture file": [files[i] for i in train.owner]},
+        alike={"image": embedded(heads["image"], train.images)[owner]},
+        prints=perceptual_hashes(pixels)[owner],
+    )
+
+
+@torch.no_grad()
+def embedded(head: nn.Module, x: Tensor) -> Tensor:
+    head.eval()
+    return nn.functional.normalize(head(x), dim=1)
+
+
+def mined(train: Part, heads: nn.ModuleDict, guards: Guards) -> Mined:
+    images, texts = embedded(heads["image"], train.images), embedded(heads["text"], train.texts)
+    about = Known() if guards == NAIVE else known(train, heads)
+    return hard_negatives(images, texts, train.positives(), k=K, guards=guards, known=about)
+
+
+def trained(
+    train: Part, seed: int, out: Path, negatives: Tensor | None = None, mine: Callable[[Method], Tensor] | None = None
+) -> nn.ModuleDict:
+    with torch.random.fork_rng():
+        torch.manual_seed(runtime.seed_of(seed, "weights"))
+        heads = nn.ModuleDict({"image": head(train.images), "text": head(train.texts)})
+    batches = Batches(
+        {
+            "image": train.images.numpy(),
+            "text": Choice(train.texts.numpy(), train.offsets),
+            "item": np.arange(len(train.images)),
+        },
+        batch=BATCH,
+        seed=seed,
+    )
+    method: Method = SigLIP(dict(heads.items()), scale=25.0, bias=-math.log(BATCH - 1))
+    if negatives is not None:
+        every = EVERY * batches.steps_per_epoch if mine else 0
+        method = WithNegatives(method, train.texts, torch.from_numpy(train.owner), negatives, every=every, mine=mine)
+    fit(
+        method,
+        batches,
+        steps=EPOCHS * batches.steps_per_epoch,
+        out=out,
+        optimizer=Optimizer(lr=1e-3, weight_decay=0.1, warmup=batches.steps_per_epoch),
+        seed=seed,
+        log_every=batches.steps_per_epoch,
+        quiet=True,
+    )
+    return heads
+
+
+def head(features: Tensor) -> nn.Sequential:
+    """As `twofold align` builds it."""
+    standard = Standardize(features.shape[1]).measure(features)
+    layers = mlp(features.shape[1], 1024, 512, norm="none", activation="gelu", dropout=0.5)
+    return nn.Sequential(standard, nn.Dropout(0.25), *layers)
+
+
+def by_chance(train: Part, seed: int) -> Tensor:
+    draw = runtime.generator(seed, "random negatives")
+    return torch.randint(len(train.texts), (len(train.images), K), generator=draw)
+
+
+def measured(test: Part, heads: nn.ModuleDict) -> dict[str, Any]:
+    images, texts = embedded(heads["image"], test.images).numpy(), embedded(heads["text"], test.texts).numpy()
+    owner = test.owner
+    own = [list(range(start, end)) for start, end in pairwise(test.offsets.tolist())]
+    found = {
+        "text_to_image": retrieval(texts, images, [[item] for item in owner.tolist()], groups=owner.tolist()),
+        "image_to_text": retrieval(images, texts, own),
+    }
+    return {
+        direction: {str(k): recall._asdict() for k, recall in one.recall.items()} for direction, one in found.items()
+    }
+
+
+def told(found: Mined) -> dict[str, Any]:
+    return {
+        "looked_at": found.looked,
+        "queries_with_fewer": found.short,
+        "removed": {name: one._asdict() | {"examples": None} for name, one in found.removed.items()},
+    }
+
+
+def named(test: Part) -> Part:
+    """Each emoji with its name alone: tags are shared by many."""
+    first = torch.from_numpy(test.offsets[:-1])
+    return Part(test.source, test.images, test.texts[first], np.arange(len(first) + 1))
+
+
+def variants(source: Source) -> dict[str, list[int]]:
+    """Emoji by what they are without their skin tone, where there are several."""
+    base = [of or code for of, code in zip(source.meta["skintone_of"], source.ids, strict=True)]
+    members: dict[str, list[int]] = {}
+    for item, code in enumerate(base):
+        members.setdefault(code, []).append(item)
+    return {code: items for code, items in members.items() if len(items) > 1}
+
+
+def false_ones(train: Part, negatives: Tensor) -> dict[str, int]:
+    """Of the mined negatives, those that belong to another skin tone of the same emoji, or to its wider family."""
+    owner, family = train.owner, train.source.meta["family"]
+    base = [of or code for of, code in zip(train.source.meta["skintone_of"], train.source.ids, strict=True)]
+    pairs = [(item, int(owner[row])) for item, own in enumerate(negatives.tolist()) for row in own if row >= 0]
+    words = [normalised(text) for texts in train.source.texts or () for text in texts]
+    own_words = [{normalised(text) for text in texts} for texts in train.source.texts or ()]
+    rows = [(item, row) for item, own in enumerate(negatives.tolist()) for row in own if row >= 0]
+    return {
+        "negatives": len(pairs),
+        "skin_tone_variants": sum(base[a] == base[b] and a != b for a, b in pairs),
+        "same_family": sum(family[a] == family[b] for a, b in pairs),
+        "own_words": sum(words[row] in own_words[item] for item, row in rows),
+    }
+
+
+def variants_found(test: Part, heads: nn.ModuleDict) -> float:
+    """For the name of an emoji without skin tone, the share of its n variants among the first n pictures, 0..1."""
+    shared = []
+    names = embedded(heads["text"], named(test).texts)
+    scores = names @ embedded(heads["image"], test.images).T
+    for code, items in variants(test.source).items():
+        if code in test.source.ids:
+            top = scores[test.source.ids.index(code)].topk(len(items)).indices.tolist()
+            shared.append(len(set(top) & set(items)) / len(items))
+    return float(np.mean(shared))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("captions", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs/hard_negatives"))
+    arguments = parser.parse_args()
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rows = results.setdefault("results", [])
+    results |= {
+        "question": "recall on held-out pictures by how the negatives beyond the batch's own were mined",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "versions": {name: version(name) for name in ("torch", "timm", "transformers", "twofold")},
+        "setting": {"epochs": EPOCHS, "batch": BATCH, "negatives": K, "each": 1, "refreshed_epochs": EVERY},
+        "guards": vars(Guards()),
+    }
+    for name, path in (("openmoji", "openmoji"), ("flickr8k", arguments.captions)):
+        data = open_source(path)
+        train, test = part(data, "train"), part(data, "test")
+        test = named(test) if name == "openmoji" else test
+        for seed in SEEDS:
+            if any(row["data"] == name and row["seed"] == seed for row in rows):
+                continue
+            one = {"data": name, "seed": seed, "rows": {}}
+            folder = arguments.runs / f"{name}-{seed}"
+            first = trained(train, seed, folder / "none")
+            found = {"naive": mined(train, first, NAIVE), "guarded": mined(train, first, Guards())}
+            if name == "openmoji":
+                families = Guards(share=None, bits=None, near=None)
+                about = known(train, first)
+                family = [train.source.meta["family"][item] for item in train.owner]
+                images, texts = embedded(first["image"], train.images), embedded(first["text"], train.texts)
+                found["family rule"] = hard_negatives(
+                    images,
+                    texts,
+                    train.positives(),
+                    k=K,
+                    guards=families,
+                    known=Known({**about.same, "family": family}),
+                )
+            heads = {"none": first, "random": trained(train, seed, folder / "random", by_chance(train, seed))}
+            heads |= {how: trained(train, seed, folder / how, of.negatives) for how, of in found.items()}
+            nothing = torch.full((len(train.images), K), -1)
+
+            def again(method: Method, train: Part = train) -> Tensor:
+                towers = nn.ModuleDict(method.towers())
+                return mined(train, towers, Guards()).negatives
+
+            heads["refreshed"] = trained(train, seed, folder / "refreshed", nothing, again)
+            for how, of in heads.items():
+                row: dict[str, Any] = {"recall": measured(test, of)}
+                if how in found:
+                    row["mining"] = told(found[how])
+                    row["mining"] |= false_ones(train, found[how].negatives) if name == "openmoji" else {}
+                if name == "openmoji":
+                    row["variants_found"] = variants_found(test, of)
+                one["rows"][how] = row
+                recall = "/".join(f"{each['value']:.3f}" for each in row["recall"]["text_to_image"].values())
+                print(f"{name} seed {seed} {how}: text → image {recall}", flush=True)
+            rows.append(one)
+            words = json.dumps(results, indent=1) + "\n"
+            write_atomically(RESULTS, lambda path, words=words: path.write_text(words))
+
+
+if __name__ == "__main__":
+    main()
