@@ -157,6 +157,18 @@ def test_isotonic_equals_scikit_learn_where_it_is_not_certain():
     np.testing.assert_allclose(found[inner], expected[inner], atol=1e-9)
 
 
+def test_one_pair_at_the_foot_of_the_curve_does_not_lift_the_rest():
+    # The lowest score is false: one pair that did not come true says at most 1/3, yet of the next hundred one is true.
+    scores, matches = np.arange(102.0), np.zeros(102, bool)
+    matches[[1, 101]] = True
+    at, logits = np.array(isotonic(scores, matches)).T
+    found = 1 / (1 + np.exp(-np.interp([0.0, 50.0, 101.0], at, logits)))
+    assert found == pytest.approx([1 / 100, 1 / 100, 2 / 3])
+    # And one at its head, true, does not fall below them.
+    at, logits = np.array(isotonic(-scores, ~matches)).T
+    assert 1 / (1 + np.exp(-np.interp([0.0, -50.0, -101.0], at, logits))) == pytest.approx([99 / 100, 99 / 100, 1 / 3])
+
+
 def test_equal_scores_have_one_probability():
     (first, low), *_, (last, high) = isotonic(np.array([1.0, 1.0, 1.0, 1.0, 2.0]), np.array([1, 0, 0, 0, 1], bool))
     assert (first, last) == (1.0, 2.0)

@@ -26,7 +26,7 @@ RECIPE = Recipe(batch=512, epochs=40)
 QUERIES: tuple[dict[str, Any], ...] = (
     {"text": "something sweet"},
     {"text": "a red heart"},
-    {"text": "feeling sick"},
+    {"text": "it is raining"},
     {"like": "1F436"},  # dog face
     {"like": "1F34E", "text": "green"},  # red apple
 )

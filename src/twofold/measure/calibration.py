@@ -219,8 +219,9 @@ def platt(scores: Float[np.ndarray, "n"], matches: Bool[np.ndarray, "n"]) -> tup
 def isotonic(scores: Float[np.ndarray, "n"], matches: Bool[np.ndarray, "n"]) -> list[tuple[float, float]]:
     """The rising curve nearest to the outcomes (pool adjacent violators), as knots (score, log-odds).
 
-    A block of equal probability is a knot at its first and at its last score. Blocks of n pairs that all or none came
-    true are held to 1 − 1/(n + 2) and 1/(n + 2): no finite sample shows certainty.
+    A block of equal probability is a knot at its first and at its last score. A block of n pairs that all or none came
+    true is held to 1 − 1/(n + 2) or 1/(n + 2), or to its neighbour's share if the curve would bend back: no finite sample
+    shows certainty.
     """
     values, at = np.unique(np.asarray(scores, np.float64), return_inverse=True)
     hits, counts = np.bincount(at, weights=np.asarray(matches, float)), np.bincount(at)
@@ -230,14 +231,16 @@ def isotonic(scores: Float[np.ndarray, "n"], matches: Bool[np.ndarray, "n"]) -> 
         while len(blocks) > 1 and blocks[-2][2] * blocks[-1][3] >= blocks[-1][2] * blocks[-2][3]:
             _, last, true, pairs = blocks.pop()
             blocks[-1][1:] = [last, blocks[-1][2] + true, blocks[-1][3] + pairs]
+    shares = [true / pairs for _, _, true, pairs in blocks]  # rising, so only the first can be 0 and the last 1
+    if shares[0] == 0:
+        shares[0] = min([1 / (blocks[0][3] + 2), *shares[1:2]])
+    if shares[-1] == 1:
+        shares[-1] = max([1 - 1 / (blocks[-1][3] + 2), *shares[-2:-1]])
     knots = []
-    for first, last, true, pairs in blocks:
-        share = min(max(true / pairs, 1 / (pairs + 2)), 1 - 1 / (pairs + 2))
+    for (first, last, _, _), share in zip(blocks, shares, strict=True):
         logit = math.log(share / (1 - share))
         knots += [(first, logit)] if first == last else [(first, logit), (last, logit)]
-    # Holding the ends may bend them back by a little; a probability never falls with its score.
-    rising = np.maximum.accumulate([logit for _, logit in knots]).tolist()
-    return [(score, logit) for (score, _), logit in zip(knots, rising, strict=True)]
+    return knots
 
 
 # -- How far promises hold --------------------------------------------------------------------------------------------
