@@ -219,9 +219,9 @@ def platt(scores: Float[np.ndarray, "n"], matches: Bool[np.ndarray, "n"]) -> tup
 def isotonic(scores: Float[np.ndarray, "n"], matches: Bool[np.ndarray, "n"]) -> list[tuple[float, float]]:
     """The rising curve nearest to the outcomes (pool adjacent violators), as knots (score, log-odds).
 
-    A block of equal probability is a knot at its first and at its last score. A block of n pairs that all or none came
-    true is held to 1 − 1/(n + 2) or 1/(n + 2), or to its neighbour's share if the curve would bend back: no finite sample
-    shows certainty.
+    A block of equal probability is a knot at its first and at its last score. No finite sample shows certainty: a block
+    of n pairs of which all or none came true is held to 1 − 1/(n + 2) or 1/(n + 2), or to its neighbour's share where
+    the curve would bend back.
     """
     values, at = np.unique(np.asarray(scores, np.float64), return_inverse=True)
     hits, counts = np.bincount(at, weights=np.asarray(matches, float)), np.bincount(at)
