@@ -27,7 +27,7 @@ EXAMPLES = 12  # kept of what each guard removed
 
 @dataclass(frozen=True)
 class Guards:
-    """What a candidate must not be in order to count as a negative; `docs/how-to/hard-negatives.md` has the reasons."""
+    """What a candidate must not be in order to count as a negative."""
 
     same: bool = True  # equal to a positive in a column of `Known.same`: its item, its words, its label
     near: float | None = 0.95  # as close to a positive as this cosine: a near-duplicate
