@@ -17,7 +17,7 @@ policy = replace(SIMCLR_CIFAR, area=(0.4, 1.0), hue=0.0, gray=0.0, flip=0.0)
 method = SimCLR(image_encoder("timm:resnet18/16", size=32), policies=(policy, policy), temperature=0.2)
 run = fit(
     method,
-    Batches({"image": pixels}, batch=256, seed=0, group=train.take(kept).meta["family"]),
+    Batches({"image": pixels}, batch=256, seed=0, apart=train.take(kept).meta["family"]),
     steps=60,
     out="runs/emoji",
     optimizer=Optimizer(lr=2e-3, warmup=6),

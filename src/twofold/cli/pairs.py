@@ -60,7 +60,7 @@ def pairs(
     from twofold.data.samples import ATTRIBUTION
     from twofold.data.sources import open_source
     from twofold.errors import UsageError
-    from twofold.measure.pair_page import page
+    from twofold.train.pair_page import page
     from twofold.train.align import TOWERS
     from twofold.train.pairs import JUDGES, audit_pairs
 
