@@ -60,8 +60,8 @@ def pairs(
     from twofold.data.samples import ATTRIBUTION
     from twofold.data.sources import open_source
     from twofold.errors import UsageError
-    from twofold.train.pair_page import page
     from twofold.train.align import TOWERS
+    from twofold.train.pair_page import page
     from twofold.train.pairs import JUDGES, audit_pairs
 
     if model and towers:
