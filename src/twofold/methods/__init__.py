@@ -1,4 +1,8 @@
-"""Every method by its name. To add one: a file here, a line below, a page in docs/methods."""
+"""Every method by its name. To add one: a file here, a line below, a page in docs/methods.
+
+METHODS are those that an encoder and a source of items are enough for. `Interleaved` stands beside them: it takes a
+reader of pictures and texts, and its batches are rows of packed documents.
+"""
 
 from twofold.methods.barlow import BarlowTwins
 from twofold.methods.base import Method, Out
@@ -6,6 +10,7 @@ from twofold.methods.byol import BYOL
 from twofold.methods.clip import CLIP
 from twofold.methods.dcl import DCL
 from twofold.methods.ijepa import IJEPA
+from twofold.methods.interleaved import Interleaved
 from twofold.methods.lejepa import LeJEPA
 from twofold.methods.mae import MAE
 from twofold.methods.moco import MoCo
@@ -49,6 +54,7 @@ __all__ = [
     "VJEPA",
     "VSE",
     "BarlowTwins",
+    "Interleaved",
     "LeJEPA",
     "Method",
     "MoCo",

@@ -198,6 +198,10 @@ def read_encoder(kind: Kind, spec: Mapping[str, Any], folder: Path) -> Encoder:
         from twofold.models.openclip import read_open_clip
 
         return read_open_clip(folder, kind, spec, weights=False)
+    if "sees" in spec:
+        from twofold.models.causal import read_reader
+
+        return read_reader(folder, spec)
     if kind == "image":
         return image_encoder(**spec, pretrained=False)
     if kind == "text":

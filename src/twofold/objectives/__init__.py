@@ -20,6 +20,8 @@ from twofold.objectives.predictive import (
     masked_pixels,
     masked_pixels_chance,
     negative_cosine,
+    next_token,
+    next_token_chance,
     normal_tokens,
     token_variance,
 )
@@ -55,6 +57,8 @@ __all__ = [
     "masked_pixels",
     "masked_pixels_chance",
     "negative_cosine",
+    "next_token",
+    "next_token_chance",
     "normal_tokens",
     "nt_xent",
     "nt_xent_chance",

@@ -1,4 +1,4 @@
-"""Losses that predict: one embedding from another (BYOL, SimSiam), or what a mask hides (MAE, I-JEPA, V-JEPA).
+"""Losses that predict: one embedding from another (BYOL, SimSiam), what a mask hides (MAE, the JEPAs), the next token.
 
 All normalise their targets, and compare in float32 at least (float64 stays float64) even under autocast. None
 communicates. The first kind averages over the batch: with several processes, pass the rows of all of them. The second
@@ -9,9 +9,11 @@ that such a loss can see. What keeps a method from going there is a target witho
 detach. Pixels cannot collapse.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -90,6 +92,22 @@ def token_variance(h: Float[Tensor, "n *k d"]) -> Float[Tensor, ""]:
     Their mean square around their mean: with a squared loss, what predicting the mean of all would cost.
     """
     return normal_tokens(h).flatten(0, -2).var(0, correction=0).mean()
+
+
+def next_token(logits: Float[Tensor, "n v"], ids: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """What each token costs in nats: minus the logarithm of the probability that was given to it.
+
+    >>> next_token(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+    tensor([0.6931])
+    """
+    if logits.ndim != 2 or ids.shape != logits.shape[:1]:
+        raise ValueError(f"Each token [n] has a row of logits [n, v]; got {tuple(ids.shape)}, {tuple(logits.shape)}.")
+    return F.cross_entropy(_wide(logits), ids, reduction="none")
+
+
+def next_token_chance(v: int) -> float:
+    """What a token costs where all v of the vocabulary are as likely."""
+    return math.log(v)
 
 
 def _check_tokens(p: Tensor, target: Tensor) -> None:

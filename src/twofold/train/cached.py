@@ -22,6 +22,7 @@ from twofold import runtime
 from twofold.errors import UsageError
 from twofold.methods.base import Method
 from twofold.models.base import Encoder
+from twofold.models.causal import Reader
 from twofold.models.tokens import ClipTokens, Tokens
 
 Rows = Tensor | Mapping[str, Tensor]
@@ -39,7 +40,7 @@ def chunked(method: Method, chunk: int) -> Iterator[None]:
     """Inside, the method's encoders run over `chunk` rows at a time, and no activations of them are kept."""
     if chunk < 1:
         raise UsageError(f"A chunk has a row at least; got chunk={chunk}.")
-    if any(isinstance(part, Tokens | ClipTokens) for part in method.modules()):
+    if any(isinstance(part, Tokens | ClipTokens | Reader) for part in method.modules()):
         raise UsageError(
             f"{type(method).__name__} compares no samples with each other, so a batch in chunks (--chunk {chunk}) has "
             "nothing to win. Take a smaller batch and a lower learning rate."
