@@ -3,18 +3,22 @@
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from processes import together
 from twofold import runtime
+from twofold.cli import main
 from twofold.data.documents import PATCH, Documents, Shown, captioned, open_documents, packed
 from twofold.data.loader import Batches
 from twofold.data.sources import Source
 from twofold.errors import BundleError, DataError, UsageError
+from twofold.measure.likelihood import caption, score
 from twofold.methods import Interleaved, Method
 from twofold.models.bundle import Bundle
 from twofold.models.causal import Eye, Reader, positions, reader, visible
@@ -22,6 +26,7 @@ from twofold.models.encoders import image_encoder
 from twofold.models.tokens import patches
 from twofold.objectives import next_token
 from twofold.train.checkpoint import load
+from twofold.train.interleave import Reading, interleave, open_pages, without_pictures
 from twofold.train.loop import fit
 from twofold.train.optim import Optimizer
 
@@ -419,6 +424,118 @@ def test_a_bundle_keeps_the_reader_and_embeds_pictures(tmp_path):
     )
 
 
+# Saying and judging
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> Reader:
+    """A reader that knows four colours."""
+    method = Interleaved(seeing("features"))
+    source, out = batches(method.reader), tmp_path_factory.mktemp("told")
+    fit(method, source, steps=80, out=out, optimizer=Optimizer(lr=3e-3, warmup=5), quiet=True)
+    return method.reader
+
+
+def test_a_likelihood_is_the_sum_over_the_text_and_its_end_whatever_stands_beside(told):
+    texts = [TEXTS[0], "and then"]
+    found = told.likelihood(texts, squares(2))
+    for at, text in enumerate(texts):
+        alone = told.likelihood([text], squares(2)[at : at + 1])
+        torch.testing.assert_close(alone.nats, found.nats[at : at + 1])
+        ids = [*told.encode([text])[0], told.end]
+        assert found.tokens[at] == len(ids)
+        tokens, nats = [told.start, *[PATCH] * told.eye.cells], 0.0
+        for token in ids:
+            row = torch.tensor([tokens])
+            with torch.no_grad():
+                logits = told.read(row, torch.ones_like(row), squares(2)[at : at + 1]).logits[0, -1]
+            nats += float(logits.log_softmax(0)[token])
+            tokens.append(token)
+        assert found.nats[at] == pytest.approx(nats, abs=1e-3)
+    assert (told.likelihood(texts).tokens == found.tokens).all()
+
+
+def test_captions_say_what_is_shown_and_beams_find_what_is_no_less_likely(told):
+    pictures = squares(8)[4:]
+    greedy = told.caption(pictures)
+    assert greedy == TEXTS[:4]
+    wide = told.caption(pictures, beams=3)
+    assert (told.likelihood(wide, pictures).nats >= told.likelihood(greedy, pictures).nats - 1e-3).all()
+    begun = "the square in this picture"
+    assert told.caption(pictures, prompt=begun) == [text.removeprefix(begun).strip() for text in TEXTS[:4]]
+    assert all(len(told.encode([said])[0]) <= 3 for said in told.caption(pictures, most=3))
+    assert told.caption(told.eye(pictures).detach()) == greedy
+    with pytest.raises(UsageError, match="one beam"):
+        told.caption(pictures, beams=0)
+
+
+def test_the_gain_of_a_right_text_is_above_that_of_a_wrong_one(told):
+    pictures = list(squares(4).permute(0, 2, 3, 1).numpy())
+    source = Source("squares", [*"abcd"], images=[*pictures[:3], b"no"], texts=[TEXTS[:4], [], TEXTS[:4], TEXTS[:1]])
+    scored, skipped = score(told, source, quiet=True)
+    assert [skip.id for skip in skipped] == ["d"]
+    assert [(one.id, one.text) for one in scored] == [(id, text) for id in "ac" for text in TEXTS[:4]]
+    gains = torch.tensor([one.gain for one in scored]).view(2, 4)
+    assert gains.argmax(1).tolist() == [0, 2]
+    assert (gains.max(1).values > 0.5).all()
+    assert gains.min() < 0
+    said, skipped = caption(Bundle({"image": told}), source, quiet=True)
+    assert [one.id for one in said] == [*"abc"] and [skip.id for skip in skipped] == ["d"]
+    with pytest.raises(UsageError, match="says nothing"):
+        caption(Bundle({"image": image_encoder("timm:resnet18/8", size=32)}), source)
+
+
+# From the command line
+
+
+def run(capsys, *arguments: object) -> dict:
+    capsys.readouterr()
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_pages_are_read_said_and_judged(tmp_path, capsys):
+    lines: list[object] = []
+    for at, picture in enumerate(squares(24).permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(picture).save(tmp_path / f"{at}.png")
+        lines.append([{"image": f"{at}.png"}, {"text": TEXTS[at % 4]}])
+    (tmp_path / "24.png").write_bytes(b"broken")
+    lines += [[{"image": "24.png"}, {"text": "lost"}], [{"image": "25.png"}], []]
+    pages, out = write(tmp_path / "pages.jsonl", *lines), tmp_path / "run"
+    recipe = ["--language", "llama:tiny", "--size", 32, "--length", 40, "--batch", 4, "--epochs", 40]
+    done = run(capsys, "interleave", pages, "--out", out, *recipe)
+    assert sorted(int(skip["id"].rpartition(" ")[2]) for skip in done["skipped"]) == [25, 26, 27]
+    assert done["last"]["text"] < 0.5
+    again = run(capsys, "interleave", pages, "--out", out, *recipe)
+    assert again["last"]["loss"] == done["last"]["loss"]
+    said = run(capsys, "caption", tmp_path, "--model", out, "--limit", 3, "--out", tmp_path / "said.csv")
+    assert len(said["captions"]) == 3
+    assert (tmp_path / "said.csv").read_text().splitlines()[0] == "id,caption"
+    rows = [f"{at}.png,{TEXTS[(at + (at == 5)) % 4]}" for at in range(12)]  # the sixth text is another picture's
+    pairs = write(tmp_path / "pairs.csv", "image,text", *rows)
+    assert run(capsys, "score", pairs, "--model", out, "--out", tmp_path / "scores.csv")["texts"] == 12
+    worst = (tmp_path / "scores.csv").read_text().splitlines()[1]
+    assert worst.startswith("5.png,")
+
+
+def test_captions_of_a_manifest_are_documents_and_val_chooses(tmp_path):
+    rows = [f"{at}.png,{TEXTS[at % 4]},{('train', 'train', 'val')[at % 3]}" for at in range(24)]
+    for at, picture in enumerate(squares(24).permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(picture).save(tmp_path / f"{at}.png")
+    documents, held = open_pages(write(tmp_path / "pairs.csv", "image,text,split", *rows))
+    assert (len(documents), len(held or ())) == (16, 8)
+    recipe = Reading("llama:tiny", "timm:vit_tiny_patch16_224/8x16x1", "patches", SIZE, length=20, batch=4, epochs=3)
+    done = interleave(documents, out=tmp_path / "run", recipe=recipe, held=held, quiet=True)
+    costs = [-line["likelihood"] for line in done.run.log if "likelihood" in line]
+    assert len(costs) == 3 and done.cost == pytest.approx(min(costs))
+    model = done.bundle.tower("image").encoder
+    nats = [model.likelihood([text], squares(24)[at : at + 1]) for at, text in enumerate(TEXTS[:4] * 6) if at % 3 == 2]
+    expected = -sum(float(one.nats) for one in nats) / sum(int(one.tokens) for one in nats)
+    assert done.cost == pytest.approx(expected, abs=1e-3)
+    blind = without_pictures(documents)
+    assert blind.texts == documents.texts and not blind.pictures
+
+
 # Language models of others
 
 
@@ -427,7 +544,12 @@ def folder_of(kind: str, folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = seeing()
-    shape = {"vocab_size": len(model.tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "vocab_size": len(model.tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     shape |= {"intermediate_size": 64, "num_key_value_heads": 1} if kind != "gpt2" else {}
     shape |= {"layer_types": ["conv", "full_attention"]} if kind == "lfm2" else {}
     torch.manual_seed(1)

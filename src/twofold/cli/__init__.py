@@ -9,15 +9,18 @@ import sys
 
 from twofold.cli.align import align
 from twofold.cli.calibrate import calibrate
+from twofold.cli.caption import caption
 from twofold.cli.demo import demo
 from twofold.cli.embed import embed
 from twofold.cli.evaluate import evaluate
 from twofold.cli.export import export
 from twofold.cli.flags import Verb
 from twofold.cli.index import index
+from twofold.cli.interleave import interleave
 from twofold.cli.methods import methods
 from twofold.cli.mine import mine
 from twofold.cli.pairs import pairs
+from twofold.cli.score import score
 from twofold.cli.search import search
 from twofold.cli.serve import key, serve
 from twofold.cli.train import train
@@ -29,6 +32,9 @@ VERBS: dict[str, Verb] = {
     "views": views,
     "train": train,
     "align": align,
+    "interleave": interleave,
+    "caption": caption,
+    "score": score,
     "pairs": pairs,
     "mine": mine,
     "evaluate": evaluate,
@@ -72,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<9} {(inspect.getdoc(verb) or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    lines = [f"  {name:<10} {(inspect.getdoc(verb) or '').splitlines()[0]}" for name, verb in VERBS.items()]
     return "\n".join(
         [
             "twofold: train representations by comparing views, and search with them.",

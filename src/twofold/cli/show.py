@@ -1,7 +1,9 @@
 """What comes back, as JSON or as tables in the terminal."""
 
+import csv
 import json as jsonlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,19 @@ def plain(result: Any) -> Any:
     if hasattr(result, "tolist"):
         return result.tolist()
     return str(result) if isinstance(result, Path) else result
+
+
+def write_csv(path: Path, header: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> None:
+    """Rows as a CSV file, whole or not at all."""
+    from twofold.data.atomic import write_atomically
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(rows)
+
+    write_atomically(path, write)
 
 
 def print_skipped(skipped: list) -> None:

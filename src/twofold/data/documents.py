@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from twofold.data.decode import OnError, Raw, Skipped
+from twofold.data.decode import OnError, Skipped
 from twofold.data.sources import Source
 from twofold.data.tables import read_text
 from twofold.errors import DataError, UsageError, unknown
@@ -34,7 +34,7 @@ class Documents:
     name: str  # what they were opened from, for messages
     ids: Sequence[str]
     parts: Sequence[tuple[Part, ...]]
-    pictures: Sequence[Raw]
+    pictures: Sequence[Path | bytes | np.ndarray]
     skipped: Sequence[Skipped] = ()
 
     def __len__(self) -> int:

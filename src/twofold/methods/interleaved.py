@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from twofold.data.documents import PATCH
 from twofold.errors import UsageError
 from twofold.methods.base import Method, Out
-from twofold.models.causal import Reader, pooled
+from twofold.models.causal import Reader, follows, pooled
 from twofold.models.tokens import patches
 from twofold.objectives import masked_pixels, next_token, next_token_chance
 from twofold.runtime import gather
@@ -48,7 +48,7 @@ class Interleaved(Method):
         pictures = torch.cat(list(batch["image"]))
         read = self.reader.read(tokens, document, pictures)
         ahead = tokens[:, 1:]
-        inside = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] > 0)
+        inside = follows(document)
         words, painted = inside & (ahead != PATCH), inside & (ahead == PATCH)
 
         loss = text = _mean(next_token(read.logits[:, :-1][words], ahead[words]))

@@ -16,11 +16,12 @@ from twofold.data.decode import Raw
 from twofold.data.documents import PATCH
 from twofold.data.sources import Kind
 from twofold.errors import BundleError, UsageError, unknown
-from twofold.models.base import Encoder, inference
+from twofold.models.base import Encoder, device_of, inference
 from twofold.models.images import ImageEncoder, image_encoder
 from twofold.models.texts import SIZES, TEXT_FILES, learn_bpe
 from twofold.models.tokens import Tokens
 from twofold.models.weights import quiet_transformers, refuse_hub_code, snapshot, trained
+from twofold.objectives import next_token
 
 Sees = Literal["features", "patches"]
 LENGTH = 2048  # tokens that a model from scratch has places for
@@ -182,10 +183,61 @@ class Reader(Encoder):
         """The token ids of texts, without start and end."""
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
 
+    def caption(
+        self, pictures: Shaped[Tensor, "m *shape"], *, prompt: str = "", beams: int = 1, most: int = 40
+    ) -> list[str]:
+        """What the model says behind each picture and `prompt`, in `most` tokens or until it ends.
+
+        The likeliest word each time, or with `beams` the likeliest text that so many beginnings at a time lead to.
+        """
+        if beams < 1 or most < 1:
+            raise UsageError(f"A caption takes one beam and one token at least; got beams={beams}, most={most}.")
+        asked = torch.tensor(self.encode([prompt])[0] if prompt else [], dtype=torch.long)
+        with inference(self):
+            patches = self.project(pictures if pictures.ndim == 3 else self.eye(pictures))
+            words = self.language.get_input_embeddings()
+            before, behind = (
+                words(ids.to(patches.device)).to(patches.dtype).expand(len(patches), -1, -1)
+                for ids in (torch.tensor([self.start]), asked)
+            )
+            x = torch.cat((before, patches, behind), 1)
+            said = self.language.generate(
+                inputs_embeds=x,
+                attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device),
+                max_new_tokens=most,
+                num_beams=beams,
+                do_sample=False,
+                bos_token_id=self.start,
+                eos_token_id=self.end,
+                pad_token_id=self.end,
+            )
+        return [text.strip() for text in self.tokenizer.batch_decode(said, skip_special_tokens=True)]
+
+    def likelihood(self, texts: Sequence[str], pictures: Shaped[Tensor, "n *shape"] | None = None) -> Likelihood:
+        """How likely each text is behind its picture; behind nothing, where there are none."""
+        cells = 0 if pictures is None else self.eye.cells
+        rows = [[self.start, *[PATCH] * cells, *ids, self.end] for ids in self.encode(texts)]
+        width = max(map(len, rows), default=1)
+        where = device_of(self)
+        tokens = torch.tensor([row + [self.end] * (width - len(row)) for row in rows], device=where)
+        document = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=where)
+        with inference(self):
+            none = torch.zeros(0, self.eye.cells, self.eye.dim, device=where)
+            logits = self.read(tokens, document, none if pictures is None else pictures).logits
+            asked = follows(document) & (tokens[:, 1:] != PATCH)
+            nats = torch.zeros(asked.shape, device=where)
+            nats[asked] = -next_token(logits[:, :-1][asked], tokens[:, 1:][asked])
+        return Likelihood(nats.sum(1), asked.sum(1))
+
 
 def visible(document: Int[Tensor, "b t"]) -> Bool[Tensor, "b t t"]:
     """Which tokens each token sees: those of its own document, up to itself. Padding is a document of its own."""
     return (document[:, :, None] == document[:, None]).tril()
+
+
+def follows(document: Int[Tensor, "b t"]) -> Bool[Tensor, "b s"]:
+    """For each token but the first, whether the one before it is of the same document: what can be predicted."""
+    return (document[:, 1:] == document[:, :-1]) & (document[:, 1:] > 0)
 
 
 def positions(document: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
@@ -217,9 +269,12 @@ def reader(
     picture: ImageEncoder | str = "efficientnet-lite0",
     *,
     sees: Sees = "features",
+    size: int | None = None,
     texts: Iterable[str] = (),
 ) -> Reader:
     """A reader of pictures and texts by the names of its language model and of its picture encoder.
+
+    `size` is the side of its pictures in pixels, where not the encoder's own: a patch of 32 pixels makes 25 of 160.
 
     "llama:tiny", "llama:small" and "llama:base" start from scratch, with a vocabulary learned from `texts`, and weights
     from torch's generator. "hf:owner/name" and "hf:/folder" are causal models of transformers (safetensors, and no code
@@ -229,7 +284,14 @@ def reader(
 
     if sees not in get_args(Sees):
         raise unknown("way to see", sees, get_args(Sees))
-    chosen = picture if isinstance(picture, ImageEncoder) else encoder(picture, "image")
+    chosen: Encoder
+    if isinstance(picture, ImageEncoder):
+        chosen = picture
+    elif size is None:
+        chosen = encoder(picture, "image")
+    else:
+        bare = picture.removesuffix("@untrained")
+        chosen = image_encoder(bare, size=size, pretrained=bare == picture and "/" not in bare)
     if not isinstance(chosen, ImageEncoder):
         raise UsageError(
             f"{picture} has no patches to read; networks of timm's have, such as timm:vit_tiny_patch16_224."
