@@ -177,7 +177,7 @@ def trained(name: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for step in range(STEPS):
         pictures = torch.randint(256, (PICTURES, 3, 24, 24), generator=generator(step), dtype=torch.uint8)
-        columns = {"image": pictures, "clip": torch.stack((pictures, pictures.flip(-1)), 1)}
+        columns = {"image": pictures, "video": torch.stack((pictures, pictures.flip(-1)), 1)}
         columns["label"] = torch.arange(PICTURES) % 3
         batch = {name: column[share(PICTURES)] for name, column in columns.items()}
         with synchronised(method) if method.sync_batchnorm else nullcontext():

@@ -245,9 +245,9 @@ def test_hidden_tubelets_change_nothing_of_what_is_seen():
 
 
 def test_vjepas_loss_is_the_mean_l1_behind_both_masks():
-    method, batch = vjepa(), {"clip": clips()}
+    method, batch = vjepa(), {"video": clips()}
     draw = runtime.generator(0)
-    x, losses = alike(method.policies[0], batch["clip"], draw), []
+    x, losses = alike(method.policies[0], batch["video"], draw), []
     for mask in (SHORT, LONG):
         keep, hidden = mask(3, method.tokens.grid, draw=draw)
         target = F.layer_norm(taken(method.target(x), hidden), (16,))

@@ -47,9 +47,12 @@ def evaluation_tables(measured: Evaluation) -> Iterable[Table]:
 
 
 def labels_table(labels: Mapping[str, Labels]) -> Table:
-    made = table("accuracy on test", "kNN", "linear", "chance")
+    attentive = any(probes.attentive for probes in labels.values())
+    made = table("accuracy on test", "kNN", "linear", *(["attentive"] if attentive else []), "chance")
     for name, probes in labels.items():
-        made.add_row(name, interval(probes.knn.accuracy), interval(probes.linear.accuracy), f"{probes.knn.chance:.3f}")
+        found = [probes.knn, probes.linear, *([probes.attentive] if attentive else [])]
+        cells = [interval(probe.accuracy) if probe else "" for probe in found]
+        made.add_row(name, *cells, f"{probes.knn.chance:.3f}")
     return made
 
 

@@ -13,7 +13,7 @@ from twofold import runtime
 from twofold.data.loader import Batches
 from twofold.methods import METHODS, Method, Out
 from twofold.models.bundle import Bundle
-from twofold.models.encoders import ImageEncoder, image_encoder
+from twofold.models.encoders import Encoder, image_encoder
 from twofold.models.heads import Head
 from twofold.models.predictor import Blocks
 from twofold.train.checkpoint import load
@@ -57,8 +57,8 @@ def batches(name: str, *, batch: int = BATCH) -> Batches:
         coarse = torch.rand(8, 3, 2, 2, generator=draw)[label] + torch.rand(N, 3, 2, 2, generator=draw)
         pictures = nn.functional.interpolate(coarse / 2, SIZE, mode="bilinear")  # blotches that survive a crop
         image = (pictures * 255).byte()
-        clip = torch.stack([image.roll(frame, -1) for frame in range(FRAMES)], 1)
-        columns = {"image": image, "clip": clip, "label": label}
+        video = torch.stack([image.roll(frame, -1) for frame in range(FRAMES)], 1)
+        columns = {"image": image, "video": video, "label": label}
         return Batches({column: columns[column] for column in METHODS[name].needs}, batch=batch, seed=0)
     common = torch.randn(N, WIDTH, generator=draw)
     columns = {side: common + 0.1 * torch.randn(N, WIDTH, generator=draw) for side in METHODS[name].needs}
@@ -129,7 +129,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_weights(name, tmp_path)
 
 def test_its_towers_make_a_bundle(name, tmp_path):
     method = make(name)
-    if not all(isinstance(tower, ImageEncoder) for tower in method.towers().values()):
+    if not all(isinstance(tower, Encoder) for tower in method.towers().values()):
         assert method.towers().keys() == set(method.needs)
         return
     bundle = Bundle(method.towers(), heads=method.heads())

@@ -49,7 +49,7 @@ def align(arguments: list[str]) -> None:
             pairs: items with both sides
             out: the run's folder; the bundle comes to lie in it
             towers: the two modalities and their encoders, image=efficientnet-lite0 text=minilm if nothing is said
-            columns: which further columns of the manifest are modalities, each of a kind: image, text, audio, vector
+            columns: which further columns are modalities, each of a kind: image, text, audio, video, vector
             images: where the manifest's files are, if not beside it
             weights: a table with id and weight (and text), 0..1: the share of its visits that a pair keeps
             negatives: hard negatives of the second side, as `twofold mine` writes them

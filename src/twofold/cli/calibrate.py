@@ -47,7 +47,7 @@ def calibrate(
         remedy: against hubs; best takes what gains most on the split, if anything does
         diagram: a reliability diagram to write
         between: which two modalities, where model and data share more
-        columns: which further columns of the manifest are modalities, each of a kind: image, text, audio, vector
+        columns: which further columns of the manifest are modalities, each of a kind: image, text, audio, video, vector
         images: where the manifest's files are, if not beside it
         on_error: what to do with a file that cannot be read
         json: print the result as JSON

@@ -22,7 +22,7 @@ def embed(
     on_error: OnError = "skip",
     json: bool = False,
 ) -> None:
-    """Turn pictures, texts, sounds or vectors into vectors: an NPZ with `ids` and `vectors`, float32 [n, d].
+    """Turn pictures, texts, sounds, videos or vectors into vectors: an NPZ with `ids` and `vectors`, float32 [n, d].
 
     An item with several texts has as many rows, each with its id. What comes out is data again: `vectors` is a column.
 
@@ -36,7 +36,7 @@ def embed(
         model: a bundle, the folder of a run, or the name of an encoder
         out: the file to write
         modality: which column to embed
-        columns: which further columns of a manifest are modalities, each of a kind: image, text, audio, vector
+        columns: which further columns of a manifest are modalities, each of a kind: image, text, audio, video, vector
         images: where the manifest's files are, if not beside it
         on_error: what to do with a file that cannot be read
         json: print the result as JSON

@@ -18,6 +18,7 @@ def evaluate(
     split: str = "test",
     limit: int | None = None,
     at: Literal["encoder", "head"] = "encoder",
+    attentive: bool = False,
     baselines: bool = False,
     by: Annotated[str | None, arg(metavar="COLUMN")] = None,
     zero_shot: Annotated[tuple[str, ...], arg(metavar="TEMPLATE")] = (),
@@ -32,20 +33,22 @@ def evaluate(
     examples:
       twofold evaluate runs/a --data photos/ --baselines
       twofold evaluate runs/a --data photos/ --at head
+      twofold evaluate runs/c --data clips.csv --columns file=video --attentive
       twofold evaluate runs/b --data captions.csv --by group
       twofold evaluate runs/b --data photos/ --zero-shot "a photo of a {}" "a {} seen from above"
 
     Args:
         model: a bundle, or the folder of a run
-        data: labelled or captioned pictures with splits
+        data: labelled or captioned pictures with splits, or labelled videos
         split: what is tested on; probes are fitted on "train"
         limit: fit the probes on the first so many items of "train"
         at: head: measure behind the head of the training, too; what it throws away, the encoder still has
+        attentive: read the tokens of the encoder too, all of which are held in memory
         baselines: measure raw pixels and the untrained encoder too
         by: recall for each value of this column too: label, split, or any other column of the data
         zero_shot: classify by the names of the classes, written into these sentences; several are averaged
         between: which two modalities, where model and data share more
-        columns: which further columns of the manifest are modalities, each of a kind: image, text, audio, vector
+        columns: which further columns of the manifest are modalities, each of a kind: image, text, audio, video, vector
         images: where the manifest's files are, if not beside it
         on_error: what to do with a file that cannot be read
         json: print the result as JSON
@@ -60,6 +63,7 @@ def evaluate(
         split=split,
         limit=limit,
         at=at,
+        attentive=attentive,
         baselines=baselines,
         by=by,
         templates=zero_shot,

@@ -26,7 +26,7 @@ def methods(*, json: bool = False) -> None:
     if json:
         print_json({name: {"paper": paper, "needs": METHODS[name].needs} for name, paper in papers.items()})
         return
-    words = {"image": "pictures", "label": "labels", "text": "captions", "clip": "clips"}
+    words = {"image": "pictures", "label": "labels", "text": "captions", "video": "videos"}
     for needs in dict.fromkeys(tuple(method.needs) for method in METHODS.values()):
         print(f"\n  from {' and '.join(words[need] for need in needs)}")
         for name, paper in papers.items():

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 from tyro.conf import arg
 
-from twofold.cli.flags import Data, Folder, call, described
+from twofold.cli.flags import Columns, Data, Folder, assigned, call, described
 from twofold.cli.methods import methods
 from twofold.cli.policies import policy_changes
 from twofold.cli.show import print_json
@@ -22,6 +22,7 @@ def train(arguments: list[str]) -> None:
       twofold train simclr cifar10/ --out runs/c --encoder timm:resnet18 --small-stem --policy simclr-cifar
       twofold train triplet photos/ --out runs/d --mining batch-hard --per-class 4
       twofold train siglip captions.csv --out runs/b --temperature 0.1
+      twofold train vjepa clips/ --out runs/f --encoder timm:vit_tiny_patch16_224/8x128x6 --size 64
       twofold train simclr tiles/ --out runs/e --policy views/proposed.toml --policy.hue 0.05
 
     """
@@ -50,17 +51,19 @@ def train(arguments: list[str]) -> None:
         setting: Annotated[Setting, arg(name="")] = Setting(),  # noqa: B008 — frozen
         optimizer: Optimizer = Optimizer(),  # noqa: B008 — frozen
         options: Annotated[kind, arg(name="")] = kind(),  # noqa: B008 — frozen
+        columns: Columns = (),
         json: bool = False,
     ) -> None:
         """
         Args:
-            data: pictures, with labels or captions where the method needs them
+            data: pictures, with labels or captions where the method needs them, or videos
             out: the run's folder; the bundle comes to lie in it
+            columns: which further columns are modalities, each of a kind: clip=video, or clip=video:4x4 of sheets
             json: print the result as JSON
         """
         done = trained(
             name,
-            open_source(data),
+            open_source(data, columns=assigned("columns", columns)),
             out=out,
             setting=setting,
             optimizer=optimizer,
@@ -74,7 +77,8 @@ def train(arguments: list[str]) -> None:
             figures = {"out": str(out), "steps": done.steps, "seconds": done.seconds, "last": done.log[-1]}
             print_json(figures | ({"profile": done.profile.json()} if done.profile else {}))
         else:
-            print(f"  {out / 'bundle'}\n  next: twofold evaluate {out} --data {data} --baselines")
+            said = f" --columns {' '.join(columns)}" if columns else ""
+            print(f"  {out / 'bundle'}\n  next: twofold evaluate {out} --data {data}{said} --baselines")
 
     words = inspect.getdoc(sys.modules[METHODS[name].__module__]) or ""
     call(verb, f"train {name}", arguments, description=f"{words}\n\n{described(train)}")

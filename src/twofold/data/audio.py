@@ -46,7 +46,7 @@ def hear(sound: Sound, *, rate: int = RATE, seconds: float = 30.0, name: str = "
     except UsageError:  # no PyAV
         raise
     except Exception as error:  # FFmpeg's errors of broken files are of a dozen kinds
-        raise DecodeError(name, _reason(sound, error)) from error
+        raise DecodeError(name, why_not(sound, error, "sound")) from error
 
 
 def _checked(array: np.ndarray) -> np.ndarray:
@@ -56,7 +56,7 @@ def _checked(array: np.ndarray) -> np.ndarray:
 
 
 def _decoded(sound: Path | bytes, rate: int, most: int) -> np.ndarray:
-    av = _pyav()
+    av = pyav("Sounds")
     parts: list[np.ndarray] = []
     have = 0
     with av.open(io.BytesIO(sound) if isinstance(sound, bytes) else str(sound)) as container:
@@ -79,23 +79,25 @@ def _resampled(av: Any, container: Any, rate: int) -> Iterator[np.ndarray]:
         yield part.to_ndarray().mean(0)
 
 
-def _pyav() -> Any:
+def pyav(what: str) -> Any:
+    """PyAV, which reads `what` ("Sounds", "Videos"); a UsageError where it is not installed."""
     try:
         import av
     except ImportError as error:
-        raise UsageError("Sounds are decoded by PyAV, which is not installed: pip install 'twofold[audio]'.") from error
+        raise UsageError(f"{what} are read by PyAV, which is not installed: pip install 'twofold[audio]'.") from error
     av.logging.set_level(None)  # FFmpeg complains on stderr about what becomes an error here
     return av
 
 
-def _reason(sound: Sound, error: Exception) -> str:
+def why_not(item: Any, error: Exception, what: str) -> str:
+    """What FFmpeg's error in reading a "sound" or "video" means."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    if isinstance(error, IsADirectoryError) or (isinstance(sound, Path) and sound.is_dir()):
-        return "a folder, not a sound"
+    if isinstance(error, IsADirectoryError) or (isinstance(item, Path) and item.is_dir()):
+        return f"a folder, not a {what}"
     if isinstance(error, PermissionError):
         return "no permission to read it"
-    if (isinstance(sound, bytes) and not sound) or (isinstance(sound, Path) and sound.stat().st_size == 0):
+    if (isinstance(item, bytes) and not item) or (isinstance(item, Path) and item.stat().st_size == 0):
         return "empty"
     why = "it ends too early" if isinstance(error, EOFError) else type(error).__name__
-    return f"not a sound that can be decoded ({why})"
+    return f"not a {what} that can be decoded ({why})"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from twofold import runtime
+from twofold.data.video import windows
 from twofold.errors import DataError, UsageError
 
 Column = np.ndarray | Tensor | Sequence
@@ -70,12 +71,33 @@ class Choice:
         return np.searchsorted(self._reached, first + _below(noise, last - first), side="right") - 1
 
 
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """A column of clips, of which each visit draws a part: `frames` of them, `stride` apart, from a random one on.
+
+    Item i's frames are `rows[offsets[i]:offsets[i + 1]]`; where they are few, `data.video.windows` says what is taken.
+    """
+
+    rows: Column
+    offsets: np.ndarray  # int64 [n + 1], rising
+    frames: int
+    stride: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def drawn(self, items: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """The rows [b, frames] of each item, by its noise in [0, 1)."""
+        start, stop = self.offsets[items], self.offsets[items + 1]
+        return start[:, None] + windows(stop - start, self.frames, self.stride, noise)
+
+
 class Batches:
     """Shuffled batches of columns that share their first axis; a new permutation in each epoch.
 
     Arrays and tensors come out as tensors of their own dtype (a tensor stays on its device), other sequences as lists.
-    Of a list of lists, and of a `Choice`, each visit draws one entry, the same number in all such columns of as many
-    candidates. Under several processes, each gets its slice of the global batch.
+    Of `Windows` each visit draws a part. Of a list of lists, and of a `Choice`, each visit draws one entry, the same
+    number in all such columns of as many candidates. Under several processes, each gets its slice of the global batch.
 
     With `apart` (a name an item), no two items of one name ever meet in a batch: what is equal must not be a negative,
     and a batch without repeats needs no loss that knows of them. An epoch still visits every item, but for names that
@@ -86,7 +108,7 @@ class Batches:
 
     def __init__(
         self,
-        columns: Mapping[str, Column | Choice],
+        columns: Mapping[str, Column | Choice | Windows],
         *,
         batch: int,
         seed: int,
@@ -114,7 +136,9 @@ class Batches:
         together = classes if apart is None else apart
         self._together: list[np.ndarray] = []  # columns of as many candidates draw as one: texts, and their features
         for column in self.columns.values():
-            if isinstance(column, Choice) and not any(np.array_equal(column.offsets, own) for own in self._together):
+            if not isinstance(column, Choice | Windows):
+                continue
+            if not any(np.array_equal(column.offsets, own) for own in self._together):
                 self._together.append(column.offsets)
         self.members = _members(np.arange(items) if together is None else together)
         self._shares = None if shares is None else _grains(shares)
@@ -144,7 +168,7 @@ class Batches:
         noise = runtime.uniform(len(items), max(1, len(self._together)), draw).numpy()
         batch = {}
         for name, column in self.columns.items():
-            if isinstance(column, Choice):
+            if isinstance(column, Choice | Windows):
                 own = next(at for at, offsets in enumerate(self._together) if np.array_equal(offsets, column.offsets))
                 batch[name] = _take(column.rows, column.drawn(items, noise[:, own]))
             else:
@@ -272,10 +296,10 @@ def _below(noise: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return (noise.astype(np.float64) * counts).astype(np.int64)
 
 
-def _prepared(name: str, column: Column | Choice) -> Column | Choice:
+def _prepared(name: str, column: Column | Choice | Windows) -> Column | Choice | Windows:
     if isinstance(column, np.ndarray):
         return column if column.dtype.kind in "buif" else column.tolist()
-    if isinstance(column, Tensor | Choice) or not len(column) or not isinstance(column[0], list | tuple):
+    if isinstance(column, Tensor | Choice | Windows) or not len(column) or not isinstance(column[0], list | tuple):
         return column
     try:
         return Choice.of(column)

@@ -1,7 +1,7 @@
 """What there is to learn from: items with pictures, texts, sounds, vectors, labels and splits, not yet decoded.
 
-A source is opened from a folder of images or sounds, a manifest (CSV, JSONL, Parquet), arrays (NPY, NPZ) or by the name
-of the shipped sample. However it was stored, it ends up as columns that go through one door, `_assemble`.
+A source is opened from a folder of images, videos or sounds, a manifest (CSV, JSONL, Parquet), arrays (NPY, NPZ) or by
+the name of a sample. However it was stored, it ends up as columns that go through one door, `_assemble`.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,9 +19,10 @@ import numpy as np
 
 from twofold import runtime
 from twofold.data.tables import READERS, Columns, read_json
+from twofold.data.video import Clip, Sheet, files_of, frame_names, shows
 from twofold.errors import DataError, UsageError, unknown
 
-Kind = Literal["image", "text", "audio", "vector"]
+Kind = Literal["image", "text", "audio", "video", "vector"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Modality = str  # the name of a column: "image", "text", "speech", …; its kind says what can be done with it
 
@@ -32,11 +33,15 @@ IMAGE_SUFFIXES = {
 AUDIO_SUFFIXES = {
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".aif", ".aiff", ".webm"),
 }
-FILES = ("filename", "file", "path")  # columns of pictures or of sounds, as their names end
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".avi", ".mpg", ".mpeg", ".ogv", ".3gp"}
+MAY_MOVE = {".webm", ".gif"}  # a sound or a video, a picture or a video
+FILES = ("filename", "file", "path")  # columns of pictures, of sounds or of videos, as their names end
+FILED: tuple[Kind, ...] = ("image", "audio", "video")  # what is a file, or the content of one
 ALIASES: dict[Kind, tuple[str, ...]] = {
     "image": ("image", "images", *FILES),
     "text": ("text", "texts", "caption", "captions", "transcript", "transcripts", "transcription"),
     "audio": ("audio", "sound", "speech", "recording", *FILES),
+    "video": ("video", "videos", "clip", "clips", *FILES),
     "vector": ("vector", "vectors", "embedding", "embeddings"),
 }
 ROLES = {"label": ("label", "labels"), "split": ("split",), "id": ("id", "ids")}
@@ -53,8 +58,8 @@ SPLITS = {
 class Column(NamedTuple):
     """One modality of a source: what kind of thing it is, and one cell an item.
 
-    A picture or sound is a file, its bytes or an array, a vector an array or a `.npy` file, and missing ones are empty;
-    a text cell is a sequence of texts.
+    A picture or sound is a file, its bytes or an array, a video may also be a folder or a sheet of frames, a vector an
+    array or a `.npy` file, and missing ones are empty; a text cell is a sequence of texts.
     """
 
     kind: Kind
@@ -118,6 +123,16 @@ class Source:
             f"columns={{{modality!r}: KIND}}, a kind of {', '.join(KINDS)}."
         )
 
+    def only(self, kind: Kind) -> Modality:
+        """The modality of a kind: the one that is called like it, else the only one; a DataError where neither is."""
+        fit = [name for name, own in self.modalities.items() if own == kind]
+        if kind in fit or len(fit) == 1:
+            return kind if kind in fit else fit[0]
+        if fit:
+            raise DataError(f"{self.name} has {len(fit)} modalities of {kind}: {', '.join(fit)}. Keep one of them.")
+        self.column(kind)  # says what there is instead
+        raise AssertionError
+
     def take(self, indices: Iterable[int]) -> "Source":
         """The items at these indices, in this order."""
         at = [int(index) for index in indices]
@@ -144,13 +159,15 @@ class Source:
         return self.take(kept)
 
     def keys(self, modality: Modality = "image") -> list[str]:
-        """What each item's picture, sound, vector or texts are, as a hash of the content: equal content, equal key.
+        """What each item's picture, sound, video, vector or texts are, as a hash: equal content, equal key.
 
         A file is read once; its hash is remembered with its size and time of change.
         """
         kind, cells = self.column(modality)
         if kind == "text":
             return [content_key("\0".join(texts)) for texts in cells]
+        if kind == "video":
+            return _clip_keys(cells)
         files = _file_keys([cell for cell in cells if isinstance(cell, Path)])
         return [files[cell] if isinstance(cell, Path) else content_key(cell) for cell in cells]
 
@@ -170,29 +187,37 @@ def open_source(
 ) -> Source:
     """The items that a path stands for.
 
-    A folder of images, or else of sounds (subfolders are labels; train, val and test at the top are splits), a folder
-    that holds train.parquet and test.parquet (or another table), a manifest (.csv .tsv .jsonl .parquet), arrays (.npy
-    .npz), or the name of the shipped sample, "openmoji". A manifest's files are looked for beside it, then in `images/`
-    beside it; `images` says where else.
+    A folder of images, or else of videos, or else of sounds (subfolders are labels; train, val and test at the top are
+    splits), a folder that holds train.parquet and test.parquet (or another table), a manifest (.csv .tsv .jsonl
+    .parquet), arrays (.npy .npz), or the name of a sample: "openmoji" is shipped, "motion" drawn when asked for. A
+    manifest's files are looked for beside it, then in `images/` beside it; `images` says where else.
 
     `columns` says which further columns of a manifest are modalities: each by its name, with its kind ("image", "text",
-    "audio", "vector"), or with a `.npy` file that has one vector for each row.
+    "audio", "video", "vector"), or with a `.npy` file that has one vector for each row. A video that is a sheet of
+    frames says in how many rows and columns: "video:4x4". Of a folder, {"video": "video"} says that GIFs and folders of
+    frames are videos, {"video": "video:4x4"} that its pictures are sheets.
     """
-    if str(path) == "openmoji" and not Path(path).exists():
-        from twofold.data.samples import openmoji
+    if str(path) in ("openmoji", "motion") and not Path(path).exists():
+        from twofold.data import samples
 
-        return openmoji()
+        return samples.openmoji() if str(path) == "openmoji" else samples.motion()
     path = Path(path)
     if not path.exists():
-        raise DataError(f"There is no {path}. A source is a folder, {' '.join(READERS)}, or the name 'openmoji'.")
+        raise DataError(f"There is no {path}. A source is a folder, {' '.join(READERS)}, 'openmoji' or 'motion'.")
     if images is not None and not Path(images).is_dir():
         raise DataError(f"There is no folder {images} to look for pictures in.")
+    kinds: dict[Modality, Kind] = {}
+    grids: dict[Modality, tuple[int, int]] = {}
+    for modality, said in (columns or {}).items():
+        kinds[modality], grid = _kind(str(said))
+        if grid:
+            grids[modality] = grid
     tables = _tables_of(path)
     if not tables:
-        if images is not None or columns:
+        if images is not None or (columns and [*kinds.values()] != ["video"]):
             given = f"images={images}" if images is not None else f"columns={', '.join(columns or ())}"
             raise UsageError(f"{given} goes with a manifest; {path} is a folder of files.")
-        return _open_folder(path)
+        return _divided(_open_folder(path, next(iter(kinds), None), sheets=bool(grids)), grids)
     beside = path if path.is_dir() else path.parent
     roots = [Path(images)] if images is not None else [beside, beside / "images"]
     names: tuple[str, ...] = ()
@@ -204,17 +229,34 @@ def open_source(
         parts.append((read, split, f"{table.stem}/" if split else ""))
     if not names and (beside / "classes.json").is_file():
         names = tuple(map(str, read_json(beside / "classes.json")))
-    kinds: dict[Modality, Kind] = {}
-    for modality, kind in (columns or {}).items():
-        if str(kind).endswith(".npy"):
+    for modality, said in (columns or {}).items():
+        if str(said).endswith(".npy"):
             if len(parts) > 1:
-                raise UsageError(f"{kind} cannot be laid beside {len(parts)} tables; give the vectors as a column.")
-            parts[0] = ({**parts[0][0], modality: _rows_of(Path(kind), parts[0][0])}, *parts[0][1:])
-            kind = "vector"
-        if kind not in KINDS:
-            raise unknown("kind of column", str(kind), KINDS)
-        kinds[modality] = kind  # type: ignore[assignment]  # it is one of KINDS
-    return _assemble(str(path), parts, roots, names, kinds)
+                raise UsageError(f"{said} cannot be laid beside {len(parts)} tables; give the vectors as a column.")
+            parts[0] = ({**parts[0][0], modality: _rows_of(Path(said), parts[0][0])}, *parts[0][1:])
+    return _divided(_assemble(str(path), parts, roots, names, kinds), grids)
+
+
+def _kind(said: str) -> tuple[Kind, tuple[int, int] | None]:
+    """The kind that a column is said to be of, and how a sheet of frames is divided: "video:4x4"."""
+    if said.endswith(".npy"):
+        return "vector", None
+    sheet = re.fullmatch(r"video:([1-9]\d*)x([1-9]\d*)", said)
+    if sheet:
+        return "video", (int(sheet[1]), int(sheet[2]))
+    if said not in KINDS:
+        raise unknown("kind of column", said, KINDS)
+    return said, None  # type: ignore[return-value]  # it is one of KINDS
+
+
+def _divided(source: Source, grids: Mapping[Modality, tuple[int, int]]) -> Source:
+    """The source with its sheets of frames as such."""
+    columns = dict(source.columns)
+    for modality, grid in grids.items():
+        cells = columns[modality].cells
+        sheets = [Sheet(cell, *grid) if isinstance(cell, Path) or cell else cell for cell in cells]
+        columns[modality] = Column("video", sheets)
+    return replace(source, columns=columns) if grids else source
 
 
 def _rows_of(path: Path, table: Columns) -> list[np.ndarray]:
@@ -245,8 +287,10 @@ def _table_split(path: Path) -> str | None:
     return SPLITS.get(re.sub(r"-\d+-of-\d+$", "", path.stem))
 
 
-def _open_folder(root: Path) -> Source:
+def _open_folder(root: Path, modality: Modality | None = None, *, sheets: bool = False) -> Source:
+    """The files below a folder; what is in it is said to be videos where `modality` names them."""
     files: list[Path] = []
+    frames: list[Path] = []  # folders of them
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:  # links may go round in circles
@@ -254,26 +298,41 @@ def _open_folder(root: Path) -> Source:
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        here = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        files += here
+        if frame_names(here) and Path(folder) != root:
+            frames.append(Path(folder))
     pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    found = pictures or [file for file in files if file.suffix.lower() in AUDIO_SUFFIXES]
+    if modality is not None:
+        moving = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES | MAY_MOVE]
+        named, found = modality, pictures if sheets else sorted(moving + frames)
+    elif pictures:
+        named, found = "image", pictures
+    else:
+        suffixes = {file: file.suffix.lower() for file in files}
+        moving = [file for file, suffix in suffixes.items() if suffix in VIDEO_SUFFIXES]
+        moving += [file for file, suffix in suffixes.items() if suffix in MAY_MOVE and shows(file)]
+        named, found = "video", sorted(moving)
+        if not found:
+            named, found = "audio", [file for file, suffix in suffixes.items() if suffix in AUDIO_SUFFIXES]
     if not found:
         raise DataError(
-            f"{root} holds no pictures ({' '.join(sorted(IMAGE_SUFFIXES))}), sounds "
-            f"({' '.join(sorted(AUDIO_SUFFIXES))}), nor tables such as train.csv."
+            f"{root} holds no pictures ({' '.join(sorted(IMAGE_SUFFIXES))}), videos "
+            f"({' '.join(sorted(VIDEO_SUFFIXES | MAY_MOVE))}), sounds ({' '.join(sorted(AUDIO_SUFFIXES))}), nor tables "
+            "such as train.csv."
         )
     folders = [path.relative_to(root).parts[:-1] for path in found]
     split = all(parts and parts[0] in SPLITS for parts in folders)
     labels = [parts[split] if len(parts) > split else None for parts in folders]
     columns: Columns = {
-        "image" if pictures else "audio": found,
+        named: found,
         # A name that is not UTF-8 cannot be printed or stored as it is.
         "id": [path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode() for path in found],
         "label": labels,
     }
     if split:
         columns["split"] = [parts[0] for parts in folders]
-    return _assemble(str(root), [(columns, "", "")], [root], (), {})
+    return _assemble(str(root), [(columns, "", "")], [root], (), {modality: "video"} if modality is not None else {})
 
 
 # -- One door: columns become items -----------------------------------------------------------------------------------
@@ -299,10 +358,10 @@ def _assemble(
         )
     roles = {role: columns.pop(named) for role, aliases in ROLES.items() if (named := _named(columns, aliases))}
     cells = {modality: _cells(name, *column, roots) for modality, column in read.items()}
-    files = next((read[modality].cells for modality in cells if read[modality].kind in ("image", "audio")), None)
+    files = next((read[modality].cells for modality in cells if read[modality].kind in FILED), None)
     captioned = any(column.kind == "text" for column in read.values())
     single: dict[str, Sequence] = {
-        **{modality: column.cells for modality, column in read.items() if column.kind in ("image", "audio", "vector")},
+        **{modality: column.cells for modality, column in read.items() if column.kind != "text"},
         **{role: roles[role] for role in ("label", "split") if role in roles},
     }
 
@@ -382,7 +441,7 @@ def _modalities(name: str, columns: dict[str, list], kinds: Mapping[Modality, Ki
             read[kind] = Column(kind, columns.pop(named))
     # Hugging Face data sets store a picture or sound as {"bytes": …, "path": …}.
     return {
-        modality: Column(kind, [_content(cell) for cell in cells] if kind in ("image", "audio") else cells)
+        modality: Column(kind, [_content(cell) for cell in cells] if kind in FILED else cells)
         for modality, (kind, cells) in read.items()
     }
 
@@ -392,14 +451,18 @@ def _content(cell: Any) -> Any:
 
 
 def _looks_like(kind: Kind, named: str, cells: Sequence) -> bool:
-    """Whether a column with a modality's name holds such things: `path` may lead to pictures or to sounds."""
+    """Whether a column with a modality's name holds such things: `path` may lead to pictures, sounds or videos."""
     written = next((cell for cell in map(_content, cells) if isinstance(cell, str | Path) and str(cell)), None)
-    heard = written is not None and Path(written).suffix.lower() in AUDIO_SUFFIXES
+    suffix = Path(written).suffix.lower() if written is not None else ""
+    heard, moving = suffix in AUDIO_SUFFIXES, suffix in VIDEO_SUFFIXES
+    stored = named not in FILES and any(isinstance(_content(cell), bytes) for cell in cells)
     if kind == "audio":
-        return heard or (named not in FILES and any(isinstance(_content(cell), bytes) for cell in cells))
+        return heard or stored
+    if kind == "video":
+        return moving or stored or (named not in FILES and suffix in MAY_MOVE)
     if kind == "vector":
         return any(isinstance(cell, list | np.ndarray) for cell in cells)
-    return not (kind == "image" and named in FILES and heard)
+    return not (kind == "image" and named in FILES and (heard or moving))
 
 
 def _concatenate(parts: Sequence[tuple[Columns, str | None, str]]) -> tuple[dict[str, list], list[str]]:
@@ -426,7 +489,7 @@ def _cells(name: str, kind: Kind, cells: Sequence, roots: Sequence[Path]) -> lis
 
 def _located(name: str, kind: Kind, cells: Sequence, roots: Sequence[Path]) -> list[Path | bytes | np.ndarray]:
     """Paths found among `roots`, bytes and arrays as they are; what is missing is empty, for decoding to name."""
-    noun = {"image": "picture", "audio": "sound", "vector": "vector"}[kind]
+    noun = {"image": "picture", "audio": "sound", "video": "video", "vector": "vector"}[kind]
     located: dict[str, Path] = {}
     found = False
     for written in dict.fromkeys(cell for cell in cells if isinstance(cell, str) and cell):
@@ -540,6 +603,18 @@ def _file_keys(paths: Iterable[Path]) -> dict[Path, str]:
         if time.time_ns() - state[2] > 2e9:
             fresh.append((*state, keys[path]))
     _remember(fresh)
+    return keys
+
+
+def _clip_keys(clips: Sequence[Clip]) -> list[str]:
+    """The content key of each video: of a folder, that of its frames in their order."""
+    made = [files_of(clip) for clip in clips]
+    files = _file_keys([file for own in made for file in own])
+    keys = []
+    for clip, own in zip(clips, made, strict=True):
+        stored = clip.picture if isinstance(clip, Sheet) else clip
+        key = content_key("\n".join(files[file] for file in own) if isinstance(stored, Path) else stored)
+        keys.append(content_key(f"{key} {clip.rows}x{clip.across}") if isinstance(clip, Sheet) else key)
     return keys
 
 

@@ -1,4 +1,4 @@
-"""From a source to a matrix: every picture, text, sound or vector through an encoder once, and never again.
+"""From a source to a matrix: every picture, text, sound, video or vector through an encoder once, and never again.
 
 Vectors are kept by content and encoder. Another run, another order, more items or a name that changed cost nothing; a
 run that was interrupted goes on where it stopped.
@@ -19,8 +19,9 @@ from twofold.data.sources import KINDS, Modality, Source, content_key
 from twofold.data.vectors import Vectors
 from twofold.errors import DataError, FingerprintMismatch, UsageError
 from twofold.models.bundle import Bundle, Tower
-from twofold.models.encoders import Encoder, Inputs, device_of, fingerprint, inference, moved
+from twofold.models.encoders import ClipEncoder, Encoder, Inputs, device_of, fingerprint, inference, moved
 from twofold.models.fast import accelerate
+from twofold.models.tokens import Tokens
 from twofold.progress import Line
 
 BATCH = 64
@@ -101,6 +102,32 @@ def embed(
         kept=kept.astype(np.int64),
         skipped=skipped,
     )
+
+
+def tokens(
+    encoder: Encoder, source: Source, modality: Modality, *, on_error: OnError = "skip", quiet: bool = False
+) -> tuple[Float[np.ndarray, "n t d"], Int[np.ndarray, "n"]]:
+    """What an encoder of videos, or a plain vision transformer, makes of each tubelet or patch, and of which items.
+
+    They are computed anew each time, and are many: what `embed` gives is their average.
+    """
+    look = encoder.tokens if isinstance(encoder, ClipEncoder) else Tokens(encoder)  # type: ignore[arg-type]
+    device, failed = device_of(encoder), list[Skipped]()
+
+    def run(x: Inputs) -> np.ndarray:
+        with inference(encoder):
+            return look(moved(x, device)).float().cpu().numpy()
+
+    rows, made = list[int](), list[np.ndarray]()
+    cells = source.column(modality).cells
+    with Line("tokens", unit="items", quiet=quiet) as line:
+        for at, found in _decoded(encoder, cells, source.ids, run, on_error=on_error, failed=failed):
+            rows += at
+            made.append(found)
+            line.update(len(rows) + len(failed), len(cells))
+    if not made:
+        raise DataError(f"None of the {len(cells)} items of {source.name} could be read: {failed[0].reason}.")
+    return np.concatenate(made), np.array(rows, np.int64)
 
 
 def _tower(model: Bundle | Tower | Encoder, source: Source, modality: Modality) -> Tower:

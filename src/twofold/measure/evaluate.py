@@ -2,21 +2,22 @@
 where there are words for them, recall where there are pairs."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from twofold import runtime
-from twofold.data.cache import decoded
+from twofold.data.cache import decoded, decoded_clips
 from twofold.data.decode import OnError
 from twofold.data.sources import Modality, Source
 from twofold.errors import DataError, UsageError, unknown
 from twofold.measure.columns import LEAST, columns_of
-from twofold.measure.embed import embed
+from twofold.measure.embed import embed, tokens
 from twofold.measure.hubness import Gap, Hubness, gap, hubness
 from twofold.measure.matched import Matched, matched, pair_of
-from twofold.measure.probes import Probe, knn_probe, linear_probe
+from twofold.measure.probes import Probe, attentive_probe, knn_probe, linear_probe
 from twofold.measure.retrieval import Retrieval, retrieval
 from twofold.measure.zero_shot import ZeroShot, prototypes, zero_shot
 from twofold.models.bundle import Bundle, Tower
@@ -26,10 +27,11 @@ THUMBNAIL = 32  # pixels a side of the pictures that the pixel baseline compares
 
 
 class Labels(NamedTuple):
-    """How well labels follow from embeddings: by neighbours and by a linear map."""
+    """How well labels follow from embeddings: by neighbours, by a linear map, by one that looks at tokens."""
 
     knn: Probe
     linear: Probe
+    attentive: Probe | None = None
 
 
 Paired = dict[str, Retrieval]  # "text_to_image" and "image_to_text", or whatever the two modalities are called
@@ -92,6 +94,7 @@ def evaluate(
     split: str = "test",
     limit: int | None = None,
     at: Literal["encoder", "head"] = "encoder",
+    attentive: bool = False,
     baselines: bool = False,
     by: str | None = None,
     templates: Sequence[str] = (),
@@ -101,12 +104,14 @@ def evaluate(
 ) -> Evaluation:
     """Measure `bundle` on one split of `data` (on all of it where it names none, if no labels need a training split).
 
-    Labelled pictures: a kNN and a linear probe are fitted on the split "train" (its first `limit` items) and tested on
-    `split`; `at="head"` measures behind the training head as well, where the loss was taken (the bundle must have been
-    loaded with its heads); `baselines` adds raw pixels and the same encoder untrained. With `templates` ("a photo of a
-    {}") the pictures are classified by the names of their classes, without any fitting. Two modalities that the bundle
-    and the data share, such as pictures and captions: recall both ways, for each value of the column `by` too, the gap
-    between them and their hubs; always by plain cosines. `between` names the two where there are more.
+    Labelled pictures or videos: a kNN and a linear probe are fitted on the split "train" (its first `limit` items) and
+    tested on `split`, and with `attentive` a probe of the encoder's tokens, which are held in memory; `at="head"`
+    measures behind the training head as well, where the loss was taken (the bundle must have been loaded with its
+    heads); `baselines` adds raw pixels (of a video, those of its average frame) and the same encoder untrained. With
+    `templates` ("a photo of a {}") the pictures are classified by the names of their classes, without any fitting. Two
+    modalities that the bundle and the data share, such as pictures and captions: recall both ways, for each value of
+    the column `by` too, the gap between them and their hubs; always by plain cosines. `between` names the two where
+    there are more.
     """
     if at == "head" and "image" not in bundle.heads:
         raise UsageError(
@@ -115,21 +120,30 @@ def evaluate(
         )
     labels = pairs = None
     fitted = data.splits is not None and ("train" in data.splits or not templates)
-    if data.labels is not None and fitted and "image" in bundle.towers:
+    seen = next(
+        (kind for kind in ("image", "video") if kind in bundle.towers and kind in data.modalities.values()), None
+    )
+    if attentive and seen is None:
+        raise UsageError(f"An attentive probe reads pictures or videos; this bundle and {data.name} share neither.")
+    if data.labels is not None and fitted and seen is not None:
         train, tested = data.split("train"), data.split(split)
         parts = (train.take(range(min(limit or len(train), len(train)))), tested)
-        tower = bundle.towers["image"]
+        tower, modality = bundle.towers[seen], data.only(seen)
         models: dict[str, Tower | Encoder] = {"trained": tower}
         if at == "head":
             models["head"] = bundle.heads["image"]
         if baselines:
             models["untrained"] = _untrained(tower)
         labels = {
-            name: _probes(*(_embedded(model, part, on_error=on_error, quiet=quiet) for part in parts))
+            name: _probes(*(_embedded(model, part, modality, on_error=on_error, quiet=quiet) for part in parts))
             for name, model in models.items()
         }
+        for name, model in models.items() if attentive else ():
+            if name != "head":  # it has no tokens
+                read = [_tokens(model, part, modality, on_error=on_error, quiet=quiet) for part in parts]
+                labels[name] = labels[name]._replace(attentive=attentive_probe(*read[0], *read[1]))
         if baselines:
-            labels["pixels"] = _probes(*_pixels(parts, int(tower.encoder.spec["channels"]), on_error))
+            labels["pixels"] = _probes(*_pixels(parts, modality, int(tower.encoder.spec["channels"]), on_error))
     tested = data if data.splits is None else data.split(split)
     named = _zero_shot(bundle, tested, templates, on_error=on_error, quiet=quiet) if templates else None
     space = None
@@ -181,18 +195,31 @@ def _probes(train: Features, test: Features) -> Labels:
     return Labels(knn=knn_probe(*train, *test), linear=linear_probe(*train, *test))
 
 
-def _embedded(tower: Tower | Encoder, source: Source, *, on_error: OnError, quiet: bool) -> Features:
-    done = embed(tower, source, "image", on_error=on_error, quiet=quiet)
+def _embedded(
+    tower: Tower | Encoder, source: Source, modality: Modality, *, on_error: OnError, quiet: bool
+) -> Features:
+    done = embed(tower, source, modality, on_error=on_error, quiet=quiet)
     assert source.labels is not None
     return done.matrix, source.labels[done.kept]
 
 
-def _pixels(parts: tuple[Source, Source], channels: int, on_error: OnError) -> list[Features]:
+def _tokens(tower: Tower | Encoder, source: Source, modality: Modality, *, on_error: OnError, quiet: bool) -> Features:
+    encoder = tower.encoder if isinstance(tower, Tower) else tower
+    assert isinstance(encoder, Encoder) and source.labels is not None
+    found, kept = tokens(encoder, source, modality, on_error=on_error, quiet=quiet)
+    return found, source.labels[kept]
+
+
+def _pixels(parts: tuple[Source, Source], modality: Modality, channels: int, on_error: OnError) -> list[Features]:
     """Thumbnails of both parts around the first one's mean: cosines of raw pixels mostly compare brightness."""
     features = []
     mean: Any = 0
     for place, part in enumerate(parts):
-        pixels, kept, _ = decoded(part, THUMBNAIL, channels=channels, on_error=on_error)
+        if part.modalities[modality] == "video":
+            frames, offsets, kept, _ = decoded_clips(part, modality, THUMBNAIL, channels=channels, on_error=on_error)
+            pixels = np.stack([frames[start:stop].mean(0) for start, stop in pairwise(offsets)])
+        else:
+            pixels, kept, _ = decoded(part, THUMBNAIL, channels=channels, on_error=on_error)
         rows = pixels.reshape(len(pixels), -1).astype(np.float32)
         mean = mean if place else rows.mean(0)
         assert part.labels is not None

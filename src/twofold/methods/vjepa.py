@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from twofold import runtime, views
 from twofold.errors import UsageError
 from twofold.methods.base import Method, Out
+from twofold.models.clips import ClipEncoder
 from twofold.models.ema import Ema
 from twofold.models.images import ImageEncoder
 from twofold.models.predictor import Blocks, Predictor
@@ -31,10 +32,10 @@ LONG = partial(tubes, blocks=2, scale=(0.7, 0.7))
 class VJEPA(Method):
     """`encoder` is a vision transformer of pictures, whose blocks clips of `frames` [b, t, c, h, w] start from.
 
-    All frames of a clip are seen alike. `momentum` rises to 1 in a line.
+    These are `stride` apart in the video, and all of a clip are seen alike. `momentum` rises to 1 in a line.
     """
 
-    needs = ("clip",)
+    needs = ("video",)
 
     def __init__(
         self,
@@ -43,22 +44,21 @@ class VJEPA(Method):
         policies: tuple[Policy] = (views.IJEPA,),
         predictor: Blocks = Blocks(12, 384, 12),  # noqa: B008 — frozen
         frames: int = 16,
+        stride: int = 4,
         tubelet: int = 2,
         momentum: float = 0.998,
     ):
         super().__init__()
         if not 0 <= momentum < 1:
             raise UsageError(f"momentum starts in [0, 1) and rises to 1; got {momentum}.")
-        self.tokens, self.policies, self.momentum = (
-            ClipTokens(encoder, frames=frames, tubelet=tubelet),
-            policies,
-            momentum,
-        )
+        self.tokens = ClipTokens(encoder, frames=frames, tubelet=tubelet)
+        self.picture, self.frames, self.stride = encoder.spec, frames, stride
+        self.policies, self.momentum = policies, momentum
         self.predictor = Predictor(predictor, dim=self.tokens.dim, out=self.tokens.dim, grid=self.tokens.grid)
         self.target = Ema(self.tokens)
 
     def forward(self, batch: Mapping[str, Any], draw: torch.Generator) -> Out:
-        x = alike(self.policies[0], batch["clip"], draw)
+        x = alike(self.policies[0], batch["video"], draw)
         with torch.no_grad():
             h = self.target(x)
         losses = []
@@ -73,7 +73,8 @@ class VJEPA(Method):
         self.target.update(self.tokens, self.momentum + (1 - self.momentum) * progress)
 
     def towers(self) -> dict[str, nn.Module]:
-        return {"clip": self.target.copy}
+        target: Any = self.target.copy  # what the paper evaluates, and what `z` watches
+        return {"video": ClipEncoder(target, picture=self.picture, frames=self.frames, stride=self.stride)}
 
 
 def alike(policy: Policy, clips: Shaped[Tensor, "b t c h w"], draw: torch.Generator) -> Float[Tensor, "b t c s s"]:

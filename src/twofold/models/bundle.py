@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from twofold import __version__, runtime
 from twofold.data.atomic import sync_folder, write_atomically
-from twofold.data.sources import AUDIO_SUFFIXES, KINDS, Kind
+from twofold.data.sources import AUDIO_SUFFIXES, KINDS, MAY_MOVE, VIDEO_SUFFIXES, Kind
+from twofold.data.video import Sheet
 from twofold.errors import BundleError, UsageError, unknown
 from twofold.models import heads
 from twofold.models.encoders import Encoder, device_of, fingerprint, inference, moved, read_encoder
@@ -146,8 +147,8 @@ class Bundle:
         `normalize_embeddings`, which is on. `prompt` is put before each text; `truncate_dim` keeps the first numbers.
 
         `modality` names the tower; without it, texts go to the one that reads, files of sounds to the one that hears,
-        and all else to the one that sees. An item that cannot be decoded raises its DecodeError. `measure.embed` is for
-        data sets: it keeps what it made.
+        files, folders and arrays [t, h, w, c] of frames to the one that watches, and all else to the one that sees. An
+        item that cannot be decoded raises its DecodeError. `measure.embed` is for data sets: it keeps what it made.
         """
         if prompt_name is not None:
             raise UsageError(f"A bundle keeps no prompts, so there is none named {prompt_name!r}; give prompt=….")
@@ -191,8 +192,12 @@ class Bundle:
 
     def _modality_of(self, item: Any) -> str:
         """The tower for an item of which nothing else is said: the one of its kind."""
-        heard = isinstance(item, Path) and item.suffix.lower() in AUDIO_SUFFIXES
-        kind = "text" if isinstance(item, str) else "audio" if heard else "image"
+        suffix = item.suffix.lower() if isinstance(item, Path) else ""
+        moves = isinstance(item, Sheet) or suffix in VIDEO_SUFFIXES or (isinstance(item, np.ndarray) and item.ndim == 4)
+        if suffix in MAY_MOVE or (isinstance(item, Path) and item.is_dir()):
+            moves = any(tower.kind == "video" for tower in self.towers.values())
+        kind = "text" if isinstance(item, str) else "video" if moves else "image"
+        kind = "audio" if kind == "image" and suffix in AUDIO_SUFFIXES else kind
         fit = [name for name, tower in self.towers.items() if tower.kind == kind]
         if kind in fit or not fit:
             return kind

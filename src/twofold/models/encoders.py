@@ -1,4 +1,4 @@
-"""Encoders by name: the field's own networks, for pictures, texts, sounds and ready-made vectors, behind one face.
+"""Encoders by name: the field's own networks, for pictures, texts, sounds, videos and ready-made vectors.
 
 efficientnet-lite0              pictures, weights installed
 timm:resnet18[@untrained]       pictures, any network of timm
@@ -7,6 +7,8 @@ minilm                          texts, weights installed
 hf:owner/name                   texts or sounds, a model of transformers; also hf:/folder
 bpe:small                       texts, from scratch, with a vocabulary learned from them
 mel:small, mel:timm:resnet18    sounds, from scratch, on log-mel spectrograms
+video:timm:…, video:run:runs/a  videos, a vision transformer of tubelets that starts as that one of pictures
+frames:efficientnet-lite0       videos, any picture encoder that sees each frame by itself
 vectors                         vectors as they are
 local:/folder, run:runs/a       the encoder of a bundle's tower, before its head; local:/folder@speech names one
 """
@@ -27,6 +29,7 @@ from torch import Tensor
 from twofold.data.sources import KINDS, Column, Kind
 from twofold.errors import DecodeError, UsageError, unknown
 from twofold.models.base import Encoder, Inputs, device_of, fingerprint, inference, moved
+from twofold.models.clips import ClipEncoder, video_encoder
 from twofold.models.images import ImageEncoder, image_encoder, pixels
 from twofold.models.sounds import (
     AUDIO_FILES,
@@ -41,6 +44,7 @@ from twofold.models.weights import snapshot
 
 __all__ = [
     "NAMES",
+    "ClipEncoder",
     "Encoder",
     "ImageEncoder",
     "Inputs",
@@ -60,6 +64,7 @@ __all__ = [
     "read_encoder",
     "read_text_encoder",
     "text_encoder",
+    "video_encoder",
 ]
 
 NAMES: dict[str, tuple[Kind, ...]] = {
@@ -70,6 +75,8 @@ NAMES: dict[str, tuple[Kind, ...]] = {
     "hf:": ("text", "audio"),
     "bpe:": ("text",),
     "mel:": ("audio",),
+    "video:": ("video",),
+    "frames:": ("video",),
     "vectors": ("vector",),
     "local:": KINDS,
     "run:": KINDS,
@@ -132,6 +139,11 @@ def encoder(name: str, kind: Kind | None = None, *, column: Column | None = None
         return text_encoder(name)
     if prefix == "mel:":
         return mel_encoder(name)
+    if prefix in ("video:", "frames:"):
+        picture = encoder(rest, "image")
+        if not isinstance(picture, ImageEncoder):
+            raise UsageError(f"{name}: videos are encoded by networks of timm's; {rest} is none.")
+        return video_encoder(picture, tubelet=2 if prefix == "video:" else None)
     if prefix == "bpe:":
         if column is None:
             raise UsageError(f"{name} learns its vocabulary from your texts: give the column that it shall read.")
@@ -204,6 +216,10 @@ def read_encoder(kind: Kind, spec: Mapping[str, Any], folder: Path) -> Encoder:
         return read_reader(folder, spec)
     if kind == "image":
         return image_encoder(**spec, pretrained=False)
+    if kind == "video":
+        picture = read_encoder("image", spec["picture"], folder)
+        assert isinstance(picture, ImageEncoder)
+        return video_encoder(picture, frames=spec["frames"], stride=spec["stride"], tubelet=spec.get("tubelet"))
     if kind == "text":
         return read_text_encoder(folder, spec, weights=False)
     return mel_encoder(**spec) if name.startswith("mel:") else read_audio_model(folder, spec, weights=False)

@@ -94,12 +94,7 @@ class ClipTokens(nn.Module):
         if tubelet < 1 or frames < tubelet or frames % tubelet:
             raise UsageError(f"A clip is divided into tubelets evenly; got {frames} frames and tubelets of {tubelet}.")
         self.grid = (frames // tubelet, *picture.grid)
-        self.cells, self.dim, self.channels, self.size = (
-            math.prod(self.grid),
-            picture.dim,
-            encoder.channels,
-            encoder.size,
-        )
+        self.cells, self.dim = math.prod(self.grid), picture.dim
         flat: nn.Conv2d = body.patch_embed.proj
         self.embed = nn.Linear(tubelet * flat.weight[0].numel(), self.dim)
         with torch.no_grad():

@@ -164,7 +164,7 @@ def fit(
     pending: list[torch.Tensor] = []  # losses since the last look at them: reading one waits for the device
     line = Line(
         type(method).__name__.lower(),
-        unit="images" if set(method.needs) <= {"image", "label"} else "pairs",
+        unit="clips" if "video" in method.needs else "images" if set(method.needs) <= {"image", "label"} else "pairs",
         done=first,
         quiet=quiet or log is None,
     )

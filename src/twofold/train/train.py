@@ -14,14 +14,15 @@ from lightning_fabric.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from twofold import runtime
-from twofold.data.cache import decoded
-from twofold.data.loader import Batches
+from twofold.data.cache import decoded, decoded_clips
+from twofold.data.loader import Batches, Windows
 from twofold.data.sources import Source
 from twofold.errors import DataError, UsageError, unknown
 from twofold.methods import METHODS, Method
 from twofold.methods.pair import View
+from twofold.methods.vjepa import VJEPA
 from twofold.models.bundle import Bundle, Tower
-from twofold.models.encoders import ImageEncoder, TextEncoder, image_encoder, text_encoder
+from twofold.models.encoders import ImageEncoder, TextEncoder, encoder, image_encoder, text_encoder
 from twofold.progress import Line
 from twofold.train.align import linked, pair_batches
 from twofold.train.loop import Run, fit
@@ -33,7 +34,7 @@ from twofold.views import PRESETS, Policy, policies
 class Setting:
     """A training from scratch: what is encoded how, seen how, and for how long."""
 
-    encoder: str = "timm:resnet18"
+    encoder: str = "timm:resnet18"  # a network of timm's, or run:FOLDER to go on with what a run has learned
     size: int | None = None  # pixels a side of a view; the encoder's own where None
     small_stem: bool = False  # the stem for pictures of about 32 pixels
     channels: int = 3
@@ -65,7 +66,7 @@ def train(
     changes: Mapping[str, Any] = {},
     quiet: bool = False,
 ) -> Run:
-    """Train the method `name` on the pictures (and texts or labels) of `data` and leave a bundle in `out`/bundle.
+    """Train the method `name` on the pictures (and texts or labels) or videos of `data`; a bundle is in `out`/bundle.
 
     Where the data name splits, only "train" is used; items without the text or label that a method needs are left out.
     `options` are the method's own parameters, `changes` fields of the policy. The same call goes on where an earlier
@@ -73,19 +74,13 @@ def train(
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
-    if "clip" in METHODS[name].needs:
-        raise UsageError(
-            f"{name} is for clips [n, frames, c, h, w], which only `fit` takes so far: docs/methods/{name}.md."
-        )
     chosen = _policies(name, setting.policy, changes)
     fabric = _fabric(setting)
     fabric.launch()
 
     with torch.random.fork_rng():
         torch.manual_seed(runtime.seed_of(setting.seed, "weights"))
-        picture = image_encoder(
-            setting.encoder, size=setting.size, channels=setting.channels, small_stem=setting.small_stem
-        )
+        picture = _picture(setting)
         method = _method(name, picture, setting, chosen, options)
     if setting.per_class and "label" not in method.needs:
         raise UsageError(f"per_class={setting.per_class} is for methods that learn from labels; {name} does not here.")
@@ -94,15 +89,16 @@ def train(
     stored = size if size <= 64 else size * 8 // 7  # crops of large pictures keep some detail to choose from
     for policy in chosen:
         policy.check(setting.channels, stored, stored)
-    with Line("decode", unit="images", quiet=quiet or not fabric.is_global_zero) as line:
-        pixels, kept, skipped = decoded(
-            source,
-            stored,
-            channels=setting.channels,
-            on_error=setting.on_error,
-            progress=line.update,
-        )
-    columns: dict[str, Any] = {"image": _resident(pixels, fabric.device)}
+    columns: dict[str, Any] = {}
+    unit = "clips" if isinstance(method, VJEPA) else "images"
+    with Line("decode", unit=unit, quiet=quiet or not fabric.is_global_zero) as line:
+        how: Any = {"channels": setting.channels, "on_error": setting.on_error, "progress": line.update}
+        if isinstance(method, VJEPA):
+            frames, offsets, kept, skipped = decoded_clips(source, source.only("video"), stored, **how)
+            columns["video"] = Windows(_resident(frames, fabric.device), offsets, method.frames, method.stride)
+        else:
+            pixels, kept, skipped = decoded(source, stored, **how)
+            columns["image"] = _resident(pixels, fabric.device)
     if "text" in method.needs:
         columns["text"] = source.take(kept).texts
     if "label" in method.needs:
@@ -142,6 +138,21 @@ def train(
         meta = {"method": name, "data": data.name, "skipped": len(skipped)}
         Bundle(method.towers(), meta, heads=method.heads()).save(Path(out) / "bundle")
     return run
+
+
+def _picture(setting: Setting) -> ImageEncoder:
+    """The encoder of pictures to start from: untrained, or that of a run or bundle (run:runs/a) to go on with."""
+    if not setting.encoder.startswith(("run:", "local:")):
+        return image_encoder(
+            setting.encoder, size=setting.size, channels=setting.channels, small_stem=setting.small_stem
+        )
+    picture: Any = encoder(setting.encoder, "image")
+    if (setting.size or picture.size, setting.channels) != (picture.size, picture.channels):
+        raise UsageError(
+            f"{setting.encoder} sees {picture.channels} channels of {picture.size} pixels a side: leave --size out, "
+            f"and say --channels {picture.channels}."
+        )
+    return picture
 
 
 def _usable(name: str, needs: Sequence[str], source: Source, limit: int | None) -> Source:
