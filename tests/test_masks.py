@@ -156,6 +156,13 @@ def test_tubes_hide_the_same_places_at_all_times(name):
             assert torch.equal(at[0], at[1]) and torch.equal(at[0], at[2])
 
 
+def test_tubes_leave_something_to_see_on_a_small_grid():
+    """Two rectangles of three quarters cover a grid of 4 × 4 every other time: in some batch, all tries of a sample."""
+    for seed in range(40):
+        found = tubes(64, (2, 4, 4), blocks=2, scale=(0.75, 0.75), aspect=(4 / 3, 4 / 3), draw=runtime.generator(seed))
+        assert found.keep.shape[1] >= 2
+
+
 def test_tubes_hide_the_share_of_the_paper():
     """Eight blocks of .15 hide two thirds, and two of .7 four fifths, of 14 × 14 patches (section 3.2)."""
     for blocks, scale, low, high in ((8, 0.15, 0.6, 0.68), (2, 0.7, 0.78, 0.85)):

@@ -108,6 +108,8 @@ def tubes(
     size = _size(space, scale, aspect, draw)
     noise = runtime.uniform(rows, 2 * TRIES * blocks, draw).view(rows, TRIES, blocks, 2)
     tried = _cells(space, size, noise)
+    # On a small grid all tries of a sample may cover it. Rectangles that lie on each other leave more.
+    tried = torch.cat((tried, tried[:, :1, :1].expand_as(tried[:, :1])), 1)
     seen, blocks_of = _first(~_covered(space, tried.flatten(2)), tried, 1)
     hidden = _members(_covered(space, blocks_of.flatten(1)), draw)
     through = torch.arange(time, device=hidden.device)[:, None] * (space[0] * space[1])
