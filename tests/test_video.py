@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import av
@@ -335,6 +336,19 @@ def test_names_of_video_encoders(tmp_path):
         encoder("video:efficientnet-lite0")
     with pytest.raises(UsageError, match="two frames or more"):
         video_encoder(picture, frames=1, tubelet=None)
+
+
+def test_what_the_page_shows_runs(tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[1] / "docs" / "how-to" / "video.md"
+    (tmp_path / "clips").mkdir()
+    for name in "ab":
+        (tmp_path / f"clips/{name}.png").write_bytes(sheet(clip(ord(name), 16), 4))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(block, names)
+    assert "{'video': 'video'}" in capsys.readouterr().out
+    assert names["still"].matrix.shape == (2, 1280)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
