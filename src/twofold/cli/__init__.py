@@ -10,6 +10,7 @@ import sys
 from twofold.cli.align import align
 from twofold.cli.calibrate import calibrate
 from twofold.cli.caption import caption
+from twofold.cli.compare import compare
 from twofold.cli.demo import demo
 from twofold.cli.embed import embed
 from twofold.cli.evaluate import evaluate
@@ -31,6 +32,7 @@ VERBS: dict[str, Verb] = {
     "demo": demo,
     "views": views,
     "train": train,
+    "compare": compare,
     "align": align,
     "interleave": interleave,
     "caption": caption,

@@ -1,4 +1,5 @@
-"""What frozen embeddings know about labels: by a vote of neighbours, a linear classifier, or one that looks at tokens.
+"""What frozen embeddings know about labels: by a vote of neighbours, a linear classifier, one that looks at tokens, or
+from few examples.
 
 All take training and test embeddings apart, embedded without augmentation, and neither sees the test labels before
 the end. Rows labelled −1 are predicted but neither learnt from nor counted.
@@ -21,6 +22,7 @@ from twofold.measure.metrics import (
     accuracy,
     accuracy_chance,
     as_rows,
+    bootstrap,
     row_blocks,
     unit_rows,
 )
@@ -161,6 +163,55 @@ def attentive_probe(
         fit = _attention(x, y, len(classes), penalties, heads=heads, epochs=epochs, draw=draw)
     answer = classes[fit.answers(test)[penalties.index(best)]].cpu().numpy()
     return Probe(accuracy(answer, test_y, draw=draw), accuracy_chance(test_y), answer, best, validation)
+
+
+class FewShot(NamedTuple):
+    """How well class means of few examples read the labels; by the number of examples a class."""
+
+    accuracy: dict[int, Interval]  # over test items, of the mean over draws
+    spread: dict[int, float]  # the standard deviation of a draw's accuracy: luck with the examples
+    right: dict[int, Float[np.ndarray, "n"]]  # by labelled test item, the share of draws in which it is right
+    chance: float
+
+
+def few_shot(
+    train_z: Matrix,
+    train_y: Labels,
+    test_z: Matrix,
+    test_y: Labels,
+    *,
+    shots: Sequence[int] = (1, 5, 10),
+    draws: int = 100,
+    draw: torch.Generator | None = None,
+) -> FewShot:
+    """The nearest mean of `shots` training rows a class, centred and on the unit sphere, for many draws of them.
+
+    SimpleShot's CL2N (arXiv 1911.04623, section 3), centred by all training rows, which takes no labels. The rows of
+    five shots are among those of ten. A class that has fewer rows gives all of them.
+    """
+    if not shots or min(shots) < 1 or draws < 1:
+        raise UsageError(f"few_shot needs shots and draws of 1 or more; got {tuple(shots)} and {draws}.")
+    z, test = as_rows(train_z), as_rows(test_z)
+    _check_set("test", test, test_y, z.shape[1])
+    centre = z.mean(0)
+    z, y = _labelled("train", z, train_y)
+    test, answers = _labelled("test", test, test_y)
+    z, test = F.normalize(z - centre, dim=1), F.normalize(test - centre, dim=1)
+    classes, y = y.unique(return_inverse=True)
+    draw = draw or generator("few_shot")
+    members = [(y == place).nonzero().flatten() for place in range(len(classes))]
+    orders = [torch.rand(draws, len(own), generator=draw).argsort(1).to(z.device) for own in members]
+    right, spread = {}, {}
+    for k in shots:
+        means = torch.stack(
+            [z[own[order[:, :k]]].mean(1) for own, order in zip(members, orders, strict=True)], 1
+        )  # [draws, classes, d]
+        # ‖x − m‖² without what all classes share.
+        hits = torch.stack(
+            [classes[torch.addmm(-each.square().sum(1) / 2, test, each.T).argmax(1)] == answers for each in means]
+        ).double()
+        right[k], spread[k] = hits.mean(0).cpu().numpy(), hits.mean(1).std(correction=0).item()
+    return FewShot({k: bootstrap(each) for k, each in right.items()}, spread, right, accuracy_chance(test_y))
 
 
 class _Attention(NamedTuple):

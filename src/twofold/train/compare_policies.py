@@ -11,19 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from twofold import runtime
 from twofold.data.atomic import write_atomically
-from twofold.data.cache import decoded
 from twofold.data.sources import Source
-from twofold.errors import DataError, UsageError
+from twofold.errors import UsageError
 from twofold.measure.collapse import alignment, effective_rank, uniformity
 from twofold.measure.metrics import Interval, bootstrap, first_ranks, unit_rows
 from twofold.measure.probes import knn_probe
 from twofold.models.bundle import Bundle
-from twofold.models.encoders import ImageEncoder, device_of, inference
+from twofold.models.encoders import ImageEncoder
+from twofold.train.held_out import features, held_out, pictures
 from twofold.train.optim import Optimizer
 from twofold.train.train import Setting, train
 from twofold.views import Policy, policies
@@ -32,8 +30,6 @@ SHORT = Setting(encoder="timm:resnet18/16", size=64, batch=256, epochs=20, limit
 """A small encoder and so few epochs that a run takes minutes on a CPU."""
 
 OPTIMIZER = Optimizer(name="adamw", lr=2e-3, weight_decay=1e-4, warmup=20)
-HELD_OUT = 1000  # pictures at most
-BATCH = 256
 
 
 class Scores(NamedTuple):
@@ -79,7 +75,7 @@ def compare(
     """
     if len(set(names)) < len(names) or not names:
         raise UsageError(f"Compare policies of different names; got {', '.join(names) or 'none'}.")
-    trained, held = _parts(source)
+    trained, held = held_out(source)
     judges = [policy for name in names for policy in policies(name)]
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     steps = 0
@@ -103,24 +99,6 @@ def compare(
     )
 
 
-def _parts(source: Source) -> tuple[Source, Source]:
-    """What is trained on, and what is held out; the first has no splits any more."""
-    draw = runtime.generator("held out")
-    splits = set(source.splits or ())
-    if "train" in splits and splits & {"test", "val"}:
-        trained, held = source.split("train"), source.split("test" if "test" in splits else "val")
-    else:
-        order = torch.randperm(len(source), generator=draw).tolist()
-        cut = len(order) // 5
-        trained, held = source.take(sorted(order[cut:])), source.take(sorted(order[:cut]))
-    if len(held) < 2:
-        raise DataError(f"{source.name} has {len(source)} items: too few to hold some out.")
-    some = torch.randperm(len(held), generator=draw).tolist()[:HELD_OUT]
-    # Shuffled, for `Setting.limit` takes the first so many.
-    order = torch.randperm(len(trained), generator=draw).tolist()
-    return replace(trained.take(order), splits=None), replace(held.take(sorted(some)), splits=None)
-
-
 def _score(folder: Path, trained: Source, held: Source, judges: Sequence[Policy], setting: Setting) -> dict[str, Any]:
     """The figures of one run, kept beside it."""
     bundle = Bundle.load(folder)
@@ -130,16 +108,16 @@ def _score(folder: Path, trained: Source, held: Source, judges: Sequence[Policy]
         return known["scores"]
     encoder = bundle.tower("image").encoder
     assert isinstance(encoder, ImageEncoder)
-    pictures = _pictures(held, encoder, setting)
-    images, labels = torch.from_numpy(np.array(pictures.pixels)), held.take(pictures.kept).labels
+    shown = pictures(held, encoder.size, setting)
+    images, labels = torch.from_numpy(np.array(shown.pixels)), held.take(shown.kept).labels
     plain, *views = (
         replace(policy, size=encoder.size, mean=(), std=()) for policy in (judges[0].only(), *judges)
     )  # fmt: skip
     draw = runtime.generator("judges")
-    originals = _features(encoder, plain, images, draw)
+    originals = features(encoder, plain, images, draw)
     found, pairs = [], []
     for policy in views:
-        one, other = (_features(encoder, policy, images, draw) for _ in range(2))
+        one, other = (features(encoder, policy, images, draw) for _ in range(2))
         ranks = first_ranks(unit_rows(one) @ unit_rows(originals).T, [[i] for i in range(len(one))])
         found.append((ranks == 1).double())
         pairs.append(alignment(one, other))
@@ -151,8 +129,8 @@ def _score(folder: Path, trained: Source, held: Source, judges: Sequence[Policy]
     }
     if labels is not None and trained.labels is not None:
         bank = trained.take(range(min(setting.limit or len(trained), len(trained))))
-        known_pictures = _pictures(bank, encoder, setting)
-        z = _features(encoder, plain, torch.from_numpy(np.array(known_pictures.pixels)), draw)
+        known_pictures = pictures(bank, encoder.size, setting)
+        z = features(encoder, plain, torch.from_numpy(np.array(known_pictures.pixels)), draw)
         bank_labels = bank.take(known_pictures.kept).labels
         assert bank_labels is not None
         probe = knn_probe(z, bank_labels, originals, labels)
@@ -160,17 +138,6 @@ def _score(folder: Path, trained: Source, held: Source, judges: Sequence[Policy]
         scores |= {"knn": right[labels >= 0].tolist(), "knn_chance": probe.chance}
     write_atomically(kept, lambda path: path.write_text(json.dumps({"asked": asked, "scores": scores}), "utf-8"))
     return scores
-
-
-def _pictures(source: Source, encoder: ImageEncoder, setting: Setting) -> Any:
-    size = encoder.size
-    return decoded(source, size if size <= 64 else size * 8 // 7, channels=setting.channels, on_error=setting.on_error)
-
-
-def _features(encoder: ImageEncoder, policy: Policy, images: Tensor, draw: torch.Generator) -> Float[Tensor, "n d"]:
-    device = device_of(encoder)
-    with inference(encoder):
-        return torch.cat([encoder(policy(part, draw).to(device)).float().cpu() for part in images.split(BATCH)])
 
 
 def _summary(name: str, rows: list[dict[str, Any]]) -> Scores:
