@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -22,6 +23,9 @@ from twofold.data.video import Sheet, watch, windows
 from twofold.errors import DataError, DecodeError, UsageError
 from twofold.models.bundle import Bundle
 from twofold.models.encoders import encoder, image_encoder, inference, video_encoder
+from twofold.models.predictor import Blocks
+from twofold.train.optim import Optimizer
+from twofold.train.train import Setting, train
 
 SIDE = 32
 
@@ -88,6 +92,8 @@ def test_a_clip_is_the_same_as_file_folder_sheet_strip_and_array(tmp_path):
     ]
     for way in ways:
         assert np.array_equal(watch(way, SIDE), frames), way
+    many = clip(0, 12)
+    assert np.array_equal(watch(folder(tmp_path / "many", many, "frame{}.png"), SIDE), many), "10 comes after 9"
     half = watch(frames, 16, channels=1)
     assert half.shape == (6, 16, 16, 1)
 
@@ -381,6 +387,20 @@ def test_vjepa_trains_on_a_folder_of_clips_and_is_evaluated(tmp_path, capsys):
     labels = json.loads(capsys.readouterr().out)["labels"]
     assert labels.keys() == {"trained", "untrained", "pixels"} and labels["pixels"]["attentive"] is None
     assert labels["trained"]["attentive"]["chance"] == 0.5
-    # What it learned is where another run of pictures or clips may start.
     assert main(["train", "vjepa", "openmoji", "--out", str(tmp_path / "no"), *small.split()]) != 0
     assert "no modality 'video'" in capsys.readouterr().err
+
+
+def test_a_run_of_clips_starts_from_what_a_run_of_pictures_has_learned(tmp_path):
+    torch.manual_seed(0)
+    learned = image_encoder("timm:vit_tiny_patch16_224/8x16x1", size=SIDE)
+    Bundle({"image": learned}).save(tmp_path / "pictures" / "bundle")
+    source = Source("s", [*"abcd"], columns={"video": Column("video", [clip(seed) for seed in range(4)])})
+    setting = Setting(encoder=f"run:{tmp_path / 'pictures'}", batch=4, epochs=1)
+    options = {"frames": 4, "stride": 1, "predictor": Blocks(1, 16, 1)}
+    still = Optimizer(lr=1e-9, weight_decay=0.0)
+    train("vjepa", source, out=tmp_path / "run", setting=setting, optimizer=still, options=options, quiet=True)
+    tokens = Bundle.load(tmp_path / "run").towers["video"].encoder.tokens
+    torch.testing.assert_close(tokens.blocks[0].attn.qkv.weight, learned.body.blocks[0].attn.qkv.weight)
+    with pytest.raises(UsageError, match="3 channels of 32 pixels a side: leave --size out"):
+        train("vjepa", source, out=tmp_path / "no", setting=replace(setting, size=64), options=options, quiet=True)

@@ -5,6 +5,7 @@ and raises `DecodeError`, which names it; a clip has two frames at least.
 """
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -80,12 +81,17 @@ def files_of(clip: Clip) -> list[Path]:
         return files_of(clip.picture)
     if not isinstance(clip, Path):
         return []
-    return sorted(map(clip.joinpath, frame_names(clip.iterdir()))) if clip.is_dir() else [clip]
+    return [clip / name for name in sorted(frame_names(clip.iterdir()), key=_place)] if clip.is_dir() else [clip]
 
 
 def frame_names(files: Iterable[Path]) -> list[str]:
     """The names of those that may be frames."""
     return [file.name for file in files if file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".")]
+
+
+def _place(name: str) -> list[tuple[int, str]]:
+    """What orders frames by their names: numbers by their value, so that 10 comes after 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def shows(file: Path) -> bool:
