@@ -24,6 +24,8 @@ from twofold.errors import DataError, DecodeError, UsageError
 from twofold.models.bundle import Bundle
 from twofold.models.encoders import encoder, image_encoder, inference, video_encoder
 from twofold.models.predictor import Blocks
+from twofold.models.tokens import ClipTokens, centred
+from twofold.objectives import token_variance
 from twofold.train.optim import Optimizer
 from twofold.train.train import Setting, train
 
@@ -327,6 +329,17 @@ def test_frames_by_themselves_have_no_order_and_tubelets_have():
         x = model.inputs([clip(0, 4)])
         with inference(model):
             assert torch.allclose(model(x), model(x.flip(1)), atol=1e-5) is not ordered
+
+
+def test_without_what_positions_have_in_common_tokens_differ_from_the_start():
+    """V-JEPA follows an encoder that begins untrained: where all of its tokens are alike, so they stay."""
+    x = torch.from_numpy(np.stack(motion(8, 8, frames=8).column("video").cells)).permute(0, 1, 4, 2, 3) / 255
+    found = []
+    for change in (lambda picture: picture, centred):
+        torch.manual_seed(0)
+        picture = change(image_encoder("timm:vit_tiny_patch16_224/8x64x2", size=SIDE))
+        found.append(token_variance(ClipTokens(picture, frames=8)(x)).item())
+    assert found[0] < 0.1 < 0.4 < found[1]
 
 
 def test_names_of_video_encoders(tmp_path):

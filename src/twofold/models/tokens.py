@@ -104,6 +104,7 @@ class ClipTokens(nn.Module):
         self.register_buffer("mean", encoder.mean.clone())
         self.register_buffer("std", encoder.std.clone())
         time = sincos(self.grid[:1], self.dim)[:, None]
+        time -= time.mean(0)  # of few frames most waves are all but constant
         self.register_buffer("places", (body.pos_embed.detach() + time).flatten(0, 1))
 
     def forward(
@@ -112,6 +113,17 @@ class ClipTokens(nn.Module):
         """The last tokens of the tubelets `keep`, of all where None; no block computes or attends to any other."""
         tokens = self.embed(tubelets((x - self.mean) / self.std, self.grid)) + self.places
         return self.norm(self.blocks(tokens if keep is None else taken(tokens, keep)))
+
+
+def centred(encoder: ImageEncoder) -> ImageEncoder:
+    """An untrained transformer, its fixed positions without what they have in common; the very encoder is returned.
+
+    On a grid of few patches most waves are all but constant: four fifths of a position's norm are the same everywhere,
+    and so would be every token of a clip. What learns to follow such targets learns that they are all the same.
+    """
+    places: Any = encoder.body.pos_embed
+    places.sub_(places.mean(1, keepdim=True))
+    return encoder
 
 
 def patches(x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b n p"]:

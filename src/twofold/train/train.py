@@ -23,6 +23,7 @@ from twofold.methods.pair import View
 from twofold.methods.vjepa import VJEPA
 from twofold.models.bundle import Bundle, Tower
 from twofold.models.encoders import ImageEncoder, TextEncoder, encoder, image_encoder, text_encoder
+from twofold.models.tokens import centred
 from twofold.progress import Line
 from twofold.train.align import linked, pair_batches
 from twofold.train.loop import Run, fit
@@ -80,7 +81,7 @@ def train(
 
     with torch.random.fork_rng():
         torch.manual_seed(runtime.seed_of(setting.seed, "weights"))
-        picture = _picture(setting)
+        picture = _picture(setting, of_clips="video" in METHODS[name].needs)
         method = _method(name, picture, setting, chosen, options)
     if setting.per_class and "label" not in method.needs:
         raise UsageError(f"per_class={setting.per_class} is for methods that learn from labels; {name} does not here.")
@@ -140,12 +141,13 @@ def train(
     return run
 
 
-def _picture(setting: Setting) -> ImageEncoder:
+def _picture(setting: Setting, *, of_clips: bool) -> ImageEncoder:
     """The encoder of pictures to start from: untrained, or that of a run or bundle (run:runs/a) to go on with."""
     if not setting.encoder.startswith(("run:", "local:")):
-        return image_encoder(
+        fresh = image_encoder(
             setting.encoder, size=setting.size, channels=setting.channels, small_stem=setting.small_stem
         )
+        return centred(fresh) if of_clips and hasattr(fresh.body, "pos_embed") else fresh
     picture: Any = encoder(setting.encoder, "image")
     if (setting.size or picture.size, setting.channels) != (picture.size, picture.channels):
         raise UsageError(
