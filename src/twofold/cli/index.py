@@ -7,28 +7,35 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from twofold.cli.flags import Data, Folder, OnError, verb
-from twofold.cli.show import (
-    print_json,
-    print_skipped,
-)
+from twofold.cli.show import print_checked, print_json, print_skipped, write_csv
+
+Made = Annotated[Path | None, arg(metavar="INDEX")]
 
 
 @verb
 def index(
-    source: Data,
+    source: Data | None = None,
     /,
     *,
-    model: Annotated[Path, arg(metavar="MODEL")],
-    out: Folder,
+    model: Annotated[Path | None, arg(metavar="MODEL")] = None,
+    out: Folder | None = None,
     existing: Literal["keep", "prune", "replace"] = "keep",
     on_error: OnError = "skip",
+    check: Made = None,
+    repair: Made = None,
+    duplicates: Made = None,
+    csv: Annotated[Path | None, arg(metavar="FILE")] = None,
     json: bool = False,
 ) -> None:
     """Make a collection searchable. Run it again after changes: only what is new is embedded.
 
+    --check, --repair and --duplicates look after an index that is there; --check ends with 1 where it finds anything.
+
     examples:
       twofold index photos/ --model runs/b --out photos.index
       twofold index photos/ --model runs/b --out photos.index --existing prune
+      twofold index --check photos.index
+      twofold index --duplicates photos.index --csv twice.csv
 
     Args:
         source: what shall be found
@@ -36,18 +43,83 @@ def index(
         out: the index's folder
         existing: items that the index has and the source has not: keep or prune them; replace begins anew
         on_error: what to do with a picture that cannot be read
+        check: hold the parts of this index against each other; changes nothing
+        repair: mend this index: embed what is lost again, drop what is gone, make its store anew
+        duplicates: list the pictures that this index has twice, or nearly so
+        csv: with --duplicates, a file for the list
         json: print the result as JSON
     """
+    from twofold.errors import UsageError
     from twofold.progress import Line
-    from twofold.retrieve.index import index
+
+    chosen = [name for name, one in (("check", check), ("repair", repair), ("duplicates", duplicates)) if one]
+    if len(chosen) > 1 or (chosen and (source is not None or model or out)):
+        raise UsageError(f"--{chosen[0]} takes an index and goes alone: `twofold index --{chosen[0]} photos.index`.")
+    if csv and not duplicates:
+        raise UsageError("--csv is where --duplicates writes its list.")
+    if check:
+        _check(check, json)
+    elif repair:
+        _repair(repair, json)
+    elif duplicates:
+        _duplicates(duplicates, csv, json)
+    elif source is None or model is None or out is None:
+        raise UsageError("Three things are needed: `twofold index SOURCE --model MODEL --out INDEX`.")
+    else:
+        from twofold.retrieve.index import index
+
+        with Line("embed", unit="items", quiet=json) as line:
+            built = index(source, model=model, out=out, existing=existing, on_error=on_error, progress=line.update)
+        if json:
+            print_json(dataclasses.asdict(built))
+            return
+        print_skipped(built.skipped)
+        print(
+            f"  {built.items:,} items in {out}: {built.added:,} added, {built.changed:,} changed, "
+            f'{built.removed:,} removed, {built.embedded:,} embedded\n  next: twofold search {out} "a red heart"'
+        )
+
+
+def _check(path: Path, json: bool) -> None:
+    from twofold.retrieve.check import check
+
+    checked = check(path)
+    print_json(checked.as_json()) if json else print_checked(checked)
+    if not checked.whole:
+        raise SystemExit(1)
+
+
+def _repair(path: Path, json: bool) -> None:
+    from twofold.progress import Line
+    from twofold.retrieve.check import repair
 
     with Line("embed", unit="items", quiet=json) as line:
-        built = index(source, model=model, out=out, existing=existing, on_error=on_error, progress=line.update)
+        done = repair(path, progress=line.update)
     if json:
-        print_json(dataclasses.asdict(built))
+        before, after = done.before.as_json(), done.after.as_json()
+        print_json({"before": before, "embedded": done.embedded, "dropped": done.dropped, "after": after})
+    else:
+        print_checked(done.before)
+        if not done.before.whole:
+            print(f"  {done.embedded:,} items embedded again, {len(done.dropped):,} dropped; now:")
+            print_checked(done.after)
+    if not done.after.whole:
+        raise SystemExit(1)
+
+
+def _duplicates(path: Path, csv: Path | None, json: bool) -> None:
+    from twofold.progress import Line
+    from twofold.retrieve.duplicates import duplicates
+
+    with Line("look", unit="pictures", quiet=json) as line:
+        groups = duplicates(path, progress=line.update)
+    if csv:
+        rows = ((number, *twin) for number, group in enumerate(groups) for twin in group)
+        write_csv(csv, ("group", "id", "kind", "bits", "cosine"), rows)
+    if json:
+        print_json(groups)
         return
-    print_skipped(built.skipped)
-    print(
-        f"  {built.items:,} items in {out}: {built.added:,} added, {built.changed:,} changed, "
-        f'{built.removed:,} removed, {built.embedded:,} embedded\n  next: twofold search {out} "a red heart"'
-    )
+    for group in groups[:10]:
+        print(f"  {len(group)}×  " + "  ".join(f"{twin.id} ({twin.kind})" for twin in group[:6]))
+    more = sum(len(group) - 1 for group in groups)
+    print(f"  {len(groups):,} groups, {more:,} items more than there are pictures" + (f"; {csv}" if csv else ""))

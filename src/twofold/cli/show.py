@@ -72,6 +72,17 @@ def print_verdict(retriever: Any, hits: list, *, from_best: bool) -> None:
             print(f"  no good match: {kept:.0%} of queries with an answer have a better best hit", file=sys.stderr)
 
 
+def print_checked(checked: Any) -> None:
+    """An index's facts and findings, with a few of the ids that each concerns."""
+    print(f"  {checked.path}: {checked.items:,} items, {checked.contents:,} vectors [{checked.dim}] of")
+    print(f"  {checked.fingerprint}: " + ("whole" if checked.whole else f"{len(checked.findings)} findings"))
+    for one in checked.findings:
+        shown = ", ".join(one.ids[:5]) + (", …" if len(one.ids) > 5 else "")
+        print(f"  {one.what}: {len(one.ids):,} {one.said}: {shown}")
+    if not checked.whole:
+        print(f"  twofold index --repair {checked.path} mends this")
+
+
 def print_calibrated(done: Any) -> None:
     from twofold.terminal import CONSOLE, calibration_tables
 

@@ -16,6 +16,8 @@ import numpy as np
 from twofold.data.atomic import write_atomically
 from twofold.errors import StoreError, UsageError
 
+BLOCK = 8192  # vectors looked at together
+
 
 class Vectors:
     """The vectors that one encoder (`fingerprint`) has made so far, one for each content key.
@@ -23,13 +25,18 @@ class Vectors:
     They lie in `root/fingerprint/` as Arrow files, each of which holds keys with their vectors and is named after the
     hash of its bytes. A file is complete or absent, is never changed, and processes may append at the same time. Which
     key lies where is read from the files themselves; there is no second ledger that could disagree.
+
+    A file that is damaged is moved aside with a warning, so that its vectors are made again; with `aside=False` it is
+    left where it is, and only named in `damaged`.
     """
 
-    def __init__(self, root: Path, fingerprint: str, dim: int):
+    def __init__(self, root: Path, fingerprint: str, dim: int, *, aside: bool = True):
         if not re.fullmatch(r"[\w.-]+", fingerprint) or fingerprint.startswith("."):
             raise UsageError(f"{fingerprint!r} is no fingerprint: letters, digits, '-', '_' and '.' name its folder.")
         self.folder = Path(root) / fingerprint
         self.dim = dim
+        self.damaged: list[str] = []  # names of files
+        self._aside = aside
         self._shards: dict[str, np.ndarray] = {}  # file name → float32 [rows, dim], mapped from disk
         self._place: dict[str, tuple[str, int]] = {}  # key → (file name, row)
         self._refresh()
@@ -82,6 +89,30 @@ class Vectors:
             out[to] = self._shards[shard][at]
         return out
 
+    def broken(self, keys: Sequence[str]) -> list[str]:
+        """Those of `keys` that are held and whose vector has no direction: it is zero or not finite."""
+        held = [key for key in _first_places(keys) if key in self._place]
+        found = []
+        for start in range(0, len(held), BLOCK):
+            some = held[start : start + BLOCK]
+            lengths = np.linalg.norm(self.get(some), axis=1)
+            found += [key for key, length in zip(some, lengths, strict=True) if not 0 < length < np.inf]
+        return found
+
+    def drop(self, keys: Sequence[str]) -> None:
+        """Forget these vectors: the files that hold them are written anew without them."""
+        gone = set(keys)
+        shards = {self._place[key][0] for key in gone if key in self._place}
+        if not shards:
+            return
+        for name in shards:
+            kept = [key for key, place in self._place.items() if place[0] == name and key not in gone]
+            if kept:
+                self._write(kept, self.get(kept))
+            (self.folder / name).unlink(missing_ok=True)
+        self._shards, self._place = {}, {}
+        self._refresh()
+
     def compact(self) -> None:
         """Merge all files into one, which opens faster; safe to interrupt, since what is there twice does no harm."""
         old = set(self._shards)
@@ -118,6 +149,10 @@ class Vectors:
         except FileNotFoundError:  # another process compacted the folder
             return
         except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
+            if name not in self.damaged:
+                self.damaged.append(name)
+            if not self._aside:
+                return
             aside = path.with_name(path.name + ".damaged")
             with contextlib.suppress(FileNotFoundError):  # another process saw it too
                 path.replace(aside)
@@ -126,6 +161,9 @@ class Vectors:
                 "embedded again.",
                 stacklevel=3,
             )
+            return
+        if vectors.shape[1] != self.dim and not self._aside:
+            self.damaged.append(name)
             return
         if vectors.shape[1] != self.dim:
             raise StoreError(f"{path} holds vectors of {vectors.shape[1]} numbers, this encoder makes {self.dim}.")

@@ -13,6 +13,7 @@ old one, and a build that is killed leaves no trace but the vectors that it had 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import secrets
@@ -20,7 +21,7 @@ import shutil
 import sqlite3
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -96,7 +97,7 @@ class Index:
         `exact` compares with every vector in memory instead of asking Chroma.
         """
         path = Path(path)
-        head = _read_head(path)
+        head = read_head(path)
         bundle = model if isinstance(model, Bundle) else Bundle.load(Path(model or path / "model"))
         while True:
             if bundle.tower_fingerprint(head.modality) != head.fingerprint:
@@ -104,7 +105,7 @@ class Index:
             try:
                 return cls(path, head, bundle, _exact(path, head) if exact else _chroma(path, head))
             except StoreError as error:
-                if (now := _read_head(path)) == head:
+                if (now := read_head(path)) == head:
                     raise StoreError(
                         f"{error} What it is made from is kept apart: Index.rebuild({str(path)!r}) makes it again, "
                         "as does the next `twofold index`."
@@ -131,11 +132,11 @@ class Index:
     @property
     def stale(self) -> bool:
         """Whether a build has made another snapshot since this one was opened; open the index again to see it."""
-        return _read_head(self.path) != self.head
+        return read_head(self.path) != self.head
 
     def audit(self, limit: int = 1000) -> list[str]:
         """Ids that the store lost or does not find by their own vector, of `limit` tried; [] where all is well."""
-        items = _read_items(self.path, self.head)
+        items = read_items(self.path, self.head)
         lost = set(items) ^ set(self.store.ids())
         tried = [name for name in items if name not in lost][:: max(1, len(items) // limit)]
         vectors = Vectors(self.path / "vectors", self.head.fingerprint, self.head.dim)
@@ -171,7 +172,7 @@ class Index:
         if existing not in ("keep", "prune", "replace"):
             raise unknown("choice of existing", existing, ("keep", "prune", "replace"))
         with _writing(out):
-            was = _read_head(out) if (out / "index.json").exists() else None
+            was = read_head(out) if (out / "index.json").exists() else None
             modality = modality or (was.modality if was else _first(source, bundle))
             head = _new_head(source, bundle, modality, was)
             if was and existing != "replace":
@@ -181,7 +182,7 @@ class Index:
                     )
                 if was.fingerprint != head.fingerprint:
                     raise _mismatch(out, was, bundle, "MODEL")
-            old = _read_items(out, was) if was and existing != "replace" else {}
+            old = read_items(out, was) if was and existing != "replace" else {}
             vectors = Vectors(out / "vectors", head.fingerprint, head.dim)
             before = len(vectors)
             found, skipped = _embedded(source, bundle, modality, vectors, on_error, progress)
@@ -209,21 +210,43 @@ class Index:
         )
 
     @staticmethod
-    def rebuild(path: str | Path) -> None:
-        """Make the Chroma store of an index again from its vectors; nothing is embedded."""
+    def rebuild(
+        path: str | Path,
+        *,
+        source: Source | None = None,
+        without: Collection[str] = (),
+        progress: Progress | None = None,
+    ) -> list[str]:
+        """Make the Chroma store of an index again from its vectors, `without` some items; the ids that it lost.
+
+        A content whose vector is lost is embedded again where `source` has its item, and is dropped where `source` has
+        it no more. Without `source` a lost vector is an error.
+        """
         path = Path(path)
-        head = _read_head(path)
         with _writing(path):
-            items = _read_items(path, head)
+            head = read_head(path)
+            held = read_items(path, head)
+            items = {name: item for name, item in held.items() if name not in without}
             vectors = Vectors(path / "vectors", head.fingerprint, head.dim)
-            if lost := vectors.missing([item.key for item in items.values()]):
+            vectors.drop(vectors.broken([item.key for item in items.values()]))
+            lost = [name for name, item in items.items() if item.key not in vectors]
+            if lost and source is None:
                 raise StoreError(
-                    f"{path} has lost the vectors of {len(lost)} contents; embed them again with "
-                    f"`twofold index {head.source} --model {path / 'model'} --out {path}`."
+                    f"{path} has lost the vectors of {len({items[name].key for name in lost})} contents; embed them "
+                    f"again with `twofold index {head.source} --model {path / 'model'} --out {path}`."
                 )
+            if lost and source is not None:
+                at = {name: i for i, name in enumerate(source.ids)}
+                again = source.take(at[name] for name in lost if name in at)
+                bundle = Bundle.load(path / "model")
+                items |= _embedded(again, bundle, head.modality, vectors, "skip", progress)[0]
+                items = {name: item for name, item in items.items() if item.key in vectors}
+            if not items:
+                raise StoreError(f"Nothing of {path} would be left. Delete it, or bring back {head.source}.")
             new = replace(head, snapshot=_next_snapshot(head), built=_now())
             _write_snapshot(path, new, items, vectors, None, {})
             _publish(path, new, None, head)
+        return sorted(held.keys() - items.keys())
 
 
 def index(
@@ -354,8 +377,29 @@ def _writing(path: Path) -> Iterator[None]:
     claim = Claim(path / "twofold.lock")
     try:
         yield
+    except (OSError, StoreError, sqlite3.Error) as error:
+        if not _is_full(path, error):
+            raise
+        raise StoreError(
+            f"{path} cannot be written: its disk is full, a quota on it is used up, or it fails. What was in the index "
+            f"is whole, and what was embedded is kept. Make room; the same command goes on from there. ({error})"
+        ) from error
     finally:
         claim.release()
+
+
+def _is_full(path: Path, error: Exception) -> bool:
+    """Whether this failed for want of room; Chroma says so in its own words, if at all."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    said = str(error).lower()
+    return any(words in said for words in ("is full", "no space left", "too large", "disk i/o error")) or not _room(
+        path
+    )
+
+
+def _room(path: Path) -> bool:
+    return shutil.disk_usage(path).free > 1 << 20
 
 
 def _new_head(source: Source, bundle: Bundle, modality: Modality, was: Head | None) -> Head:
@@ -378,7 +422,7 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _read_head(path: Path) -> Head:
+def read_head(path: Path) -> Head:
     try:
         head = Head(**json.loads((path / "index.json").read_text()))
     except FileNotFoundError:
@@ -386,7 +430,10 @@ def _read_head(path: Path) -> Head:
             f"{path} is no index: it has no index.json. `twofold index SOURCE --model MODEL --out {path}` makes one."
         ) from None
     except (ValueError, TypeError) as error:
-        raise StoreError(f"{path / 'index.json'} is damaged or of another version of twofold ({error}).") from error
+        raise StoreError(
+            f"{path / 'index.json'} is damaged or of another version of twofold ({error}). Delete it and "
+            f"index again: contents that have a vector are not embedded again."
+        ) from error
     return head
 
 
@@ -394,7 +441,7 @@ def _items_file(path: Path, head: Head) -> Path:
     return path / "items" / f"{head.snapshot}.jsonl"
 
 
-def _read_items(path: Path, head: Head) -> dict[str, Item]:
+def read_items(path: Path, head: Head) -> dict[str, Item]:
     return dict(_lines(path, head))
 
 
@@ -423,7 +470,7 @@ def _chroma(path: Path, head: Head, *, write: bool = False) -> ChromaStore:
 
 
 def _exact(path: Path, head: Head) -> ExactStore:
-    items = _read_items(path, head)
+    items = read_items(path, head)
     store = ExactStore(fingerprint=head.fingerprint, dim=head.dim)
     vectors = Vectors(path / "vectors", head.fingerprint, head.dim)
     store.upsert(list(items), vectors.get([i.key for i in items.values()]), [i.meta for i in items.values()])

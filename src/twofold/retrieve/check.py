@@ -1,0 +1,181 @@
+"""Is an index whole? Its parts are held against each other and against the files it was made from, and mended."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from twofold.data.sources import open_source
+from twofold.data.vectors import Vectors
+from twofold.errors import StoreError, TwofoldError
+from twofold.models.bundle import Bundle
+from twofold.retrieve.index import CHUNK, Head, Index, Item, Progress, read_head, read_items
+from twofold.retrieve.store import ChromaStore
+
+What = Literal[
+    "model", "list", "files", "lost", "broken", "gone", "store", "missing", "extra", "vector", "columns", "unfound"
+]
+CLOSE = 1e-3  # that a unit vector of the store may be off, in any number
+
+
+class Finding(NamedTuple):
+    """Something that is not as it should be, the ids (or files) that it concerns, and what that means."""
+
+    what: What
+    ids: list[str]
+    said: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What an index says of itself, and what does not hold."""
+
+    path: Path
+    items: int
+    contents: int  # vectors that are kept
+    dim: int
+    fingerprint: str
+    findings: list[Finding]
+
+    @property
+    def whole(self) -> bool:
+        return not self.findings
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [{"what": one.what, "count": len(one.ids), "ids": one.ids, "said": one.said} for one in self.findings]
+        return asdict(self) | {"path": str(self.path), "whole": self.whole, "findings": rows}
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair did, in items; `after` is the index checked again."""
+
+    before: Checked
+    embedded: int
+    dropped: list[str]
+    after: Checked
+
+
+def check(path: str | Path, *, tried: int = 1000) -> Checked:
+    """Hold an index's model, list, vectors, files and store against each other; nothing is changed.
+
+    Every vector is compared with the one that the store holds, and `tried` items are searched for by their own.
+    StoreError where there is no index, or no telling what it should be.
+    """
+    path = Path(path)
+    head = read_head(path)
+    vectors = Vectors(path / "vectors", head.fingerprint, head.dim, aside=False)
+    columns, findings = _model(path, head)
+    findings += _found("files", vectors.damaged, "files of vectors are damaged; what only they hold is lost")
+    try:
+        items = read_items(path, head)
+    except StoreError as error:
+        findings.append(Finding("list", [f"items/{head.snapshot}.jsonl"], str(error)))
+        return Checked(path, 0, len(vectors), head.dim, head.fingerprint, findings)
+    broken = set(vectors.broken([item.key for item in items.values()]))
+    findings += _found("lost", [n for n, i in items.items() if i.key not in vectors], "items have no vector")
+    findings += _found(
+        "broken", [n for n, i in items.items() if i.key in broken], "items have a vector without direction"
+    )
+    gone = [name for name, item in items.items() if any(_is_gone(item.meta.get(column)) for column in columns)]
+    findings += _found("gone", gone, "items name a file that is no longer there")
+    sound = {name: item for name, item in items.items() if item.key in vectors and item.key not in broken}
+    findings += _store(path, head, items, sound, vectors, tried)
+    return Checked(path, len(items), len(vectors), head.dim, head.fingerprint, findings)
+
+
+def repair(path: str | Path, *, progress: Progress | None = None) -> Repaired:
+    """Mend what `check` finds: embed lost vectors again, drop items whose file is gone, make the store again.
+
+    What an index was made from is opened only where something must come from there; where it cannot be, nothing is
+    dropped or changed, since a disk may just not be mounted.
+    """
+    before = check(path)
+    path, found = before.path, {one.what: one.ids for one in before.findings}
+    if before.whole:
+        return Repaired(before, 0, [], before)
+    head = read_head(path)
+    if "model" in found:
+        raise StoreError(
+            f"{path / 'model'} is missing, damaged or another one. Put the model back that made this index: `twofold "
+            f"index {head.source} --model MODEL --out {path}`; contents that have a vector are not embedded again."
+        )
+    source = None
+    if found.keys() & {"list", "lost", "broken", "gone"}:
+        try:
+            source = open_source(head.source)
+        except (TwofoldError, OSError) as error:
+            raise StoreError(
+                f"{path} cannot be mended without what it was made from, and nothing was changed: {error}"
+            ) from error
+    if source is not None and "list" in found:
+        bundle = Bundle.load(path / "model")
+        built = Index.build(source, bundle, path, modality=head.modality, existing="replace", progress=progress)
+        return Repaired(before, built.embedded, [], check(path))
+    dropped = Index.rebuild(path, source=source, without=set(found.get("gone", ())), progress=progress)
+    again = {*found.get("lost", ()), *found.get("broken", ())} - set(dropped)
+    return Repaired(before, len(again), dropped, check(path))
+
+
+def _found(what: What, ids: Iterable[str], said: str) -> list[Finding]:
+    ids = sorted(ids)
+    return [Finding(what, ids, said)] if ids else []
+
+
+def _model(path: Path, head: Head) -> tuple[set[str], list[Finding]]:
+    """The columns that name an item's files, and what is wrong with the model."""
+    try:
+        bundle = Bundle.load(path / "model")
+        made = bundle.tower_fingerprint(head.modality)
+        kind = bundle.tower(head.modality).kind
+    except (TwofoldError, OSError) as error:
+        return {"image"}, [Finding("model", ["model"], str(error))]
+    columns = {"image"} if kind == "text" else {"image", head.modality}
+    if (made, bundle.dim) == (head.fingerprint, head.dim):
+        return columns, []
+    said = f"it is {made} [{bundle.dim}]; the vectors are of {head.fingerprint} [{head.dim}]"
+    return columns, [Finding("model", ["model"], said)]
+
+
+def _is_gone(named: object) -> bool:
+    return isinstance(named, str) and Path(named).is_absolute() and not Path(named).exists()
+
+
+def _store(
+    path: Path, head: Head, items: dict[str, Item], sound: dict[str, Item], vectors: Vectors, tried: int
+) -> list[Finding]:
+    """What the store lacks, has too much, or holds otherwise than the list and the vectors say."""
+    try:
+        store = ChromaStore(path / "chroma" / head.snapshot, fingerprint=head.fingerprint, dim=head.dim)
+    except StoreError as error:
+        return [Finding("store", [f"chroma/{head.snapshot}"], str(error))]
+    try:
+        held = set(store.ids())
+        both = [name for name in sound if name in held]
+        other, unlike, unfound = list[str](), list[str](), list[str]()
+        for start in range(0, len(both), CHUNK):
+            names = both[start : start + CHUNK]
+            truth = vectors.get([sound[name].key for name in names])
+            truth /= np.linalg.norm(truth, axis=1, keepdims=True)
+            off = ~(np.abs(store.vectors(names) - truth).max(1) <= CLOSE)  # NaN is off, too
+            other += [name for name, is_off in zip(names, off, strict=True) if is_off]
+            meta = zip(names, store.meta(names), strict=True)
+            unlike += [name for name, columns in meta if columns != sound[name].meta]
+        some = both[:: max(1, len(both) // tried)]
+        for name, vector in zip(some, vectors.get([sound[name].key for name in some]), strict=True):
+            hits = store.query(vector, 1)
+            if not hits or hits[0].score < 1 - 1e-4:
+                unfound.append(name)
+    except StoreError as error:
+        return [Finding("store", [f"chroma/{head.snapshot}"], str(error))]
+    finally:
+        store.close()
+    return [
+        *_found("missing", items.keys() - held, "items are not in the store"),
+        *_found("extra", held - items.keys(), "items of the store are not in the list"),
+        *_found("vector", other, "items have another vector in the store"),
+        *_found("columns", unlike, "items have other columns in the store"),
+        *_found("unfound", set(unfound) - set(other), f"of {len(some)} items tried are not found by their own vector"),
+    ]
