@@ -398,7 +398,7 @@ def test_vjepa_trains_on_a_folder_of_clips_and_is_evaluated(tmp_path, capsys):
     measure = ["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "clips"), "--attentive", "--baselines"]
     assert main([*measure, "--json"]) == 0
     labels = json.loads(capsys.readouterr().out)["labels"]
-    assert labels.keys() == {"trained", "untrained", "pixels"} and labels["pixels"]["attentive"] is None
+    assert labels.keys() == {"trained", "untrained", "pixels", "colours"} and labels["pixels"]["attentive"] is None
     assert labels["trained"]["attentive"]["chance"] == 0.5
     assert main(["train", "vjepa", "openmoji", "--out", str(tmp_path / "no"), *small.split()]) != 0
     assert "no modality 'video'" in capsys.readouterr().err

@@ -48,11 +48,12 @@ def evaluation_tables(measured: Evaluation) -> Iterable[Table]:
 
 def labels_table(labels: Mapping[str, Labels]) -> Table:
     attentive = any(probes.attentive for probes in labels.values())
-    made = table("accuracy on test", "kNN", "linear", *(["attentive"] if attentive else []), "chance")
+    made = table("accuracy on test", "kNN", "linear", *(["attentive"] if attentive else []), "5 a class", "chance")
     for name, probes in labels.items():
         found = [probes.knn, probes.linear, *([probes.attentive] if attentive else [])]
         cells = [interval(probe.accuracy) if probe else "" for probe in found]
-        made.add_row(name, *cells, f"{probes.knn.chance:.3f}")
+        few = probes.few.accuracy.get(5)
+        made.add_row(name, *cells, f"{few.value:.3f}" if few else "", f"{probes.knn.chance:.3f}")
     return made
 
 

@@ -28,7 +28,7 @@ def evaluate(
     on_error: OnError = "skip",
     json: bool = False,
 ) -> None:
-    """Measure a model: kNN and linear probe where there are labels, recall both ways where there are pairs.
+    """Measure a model: neighbours, linear and few-shot probes of labels, recall both ways where there are pairs.
 
     examples:
       twofold evaluate runs/a --data photos/ --baselines
@@ -44,7 +44,7 @@ def evaluate(
         limit: fit the probes on the first so many items of "train"
         at: head: measure behind the head of the training, too; what it throws away, the encoder still has
         attentive: read the tokens of the encoder too, all of which are held in memory
-        baselines: measure raw pixels and the untrained encoder too
+        baselines: measure raw pixels, colours and the untrained encoder too
         by: recall for each value of this column too: label, split, or any other column of the data
         zero_shot: classify by the names of the classes, written into these sentences; several are averaged
         between: which two modalities, where model and data share more

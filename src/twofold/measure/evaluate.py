@@ -3,7 +3,7 @@ where there are words for them, recall where there are pairs."""
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from twofold.data.cache import decoded, decoded_clips
 from twofold.data.decode import OnError
 from twofold.data.sources import Modality, Source
 from twofold.errors import DataError, UsageError, unknown
+from twofold.measure.baselines import colour_histogram, thumbnails
 from twofold.measure.columns import LEAST, columns_of
 from twofold.measure.embed import embed, tokens
 from twofold.measure.hubness import Gap, Hubness, gap, hubness
 from twofold.measure.matched import Matched, matched, pair_of
-from twofold.measure.probes import Probe, attentive_probe, knn_probe, linear_probe
+from twofold.measure.probes import FewShot, Probe, attentive_probe, few_shot, knn_probe, linear_probe
 from twofold.measure.retrieval import Retrieval, retrieval
 from twofold.measure.zero_shot import ZeroShot, prototypes, zero_shot
 from twofold.models.bundle import Bundle, Tower
@@ -27,10 +28,11 @@ THUMBNAIL = 32  # pixels a side of the pictures that the pixel baseline compares
 
 
 class Labels(NamedTuple):
-    """How well labels follow from embeddings: by neighbours, by a linear map, by one that looks at tokens."""
+    """How well labels follow from embeddings: by neighbours, a linear map, few examples, one that looks at tokens."""
 
     knn: Probe
     linear: Probe
+    few: FewShot
     attentive: Probe | None = None
 
 
@@ -104,14 +106,14 @@ def evaluate(
 ) -> Evaluation:
     """Measure `bundle` on one split of `data` (on all of it where it names none, if no labels need a training split).
 
-    Labelled pictures or videos: a kNN and a linear probe are fitted on the split "train" (its first `limit` items) and
-    tested on `split`, and with `attentive` a probe of the encoder's tokens, which are held in memory; `at="head"`
-    measures behind the training head as well, where the loss was taken (the bundle must have been loaded with its
-    heads); `baselines` adds raw pixels (of a video, those of its average frame) and the same encoder untrained. With
-    `templates` ("a photo of a {}") the pictures are classified by the names of their classes, without any fitting. Two
-    modalities that the bundle and the data share, such as pictures and captions: recall both ways, for each value of
-    the column `by` too, the gap between them and their hubs; always by plain cosines. `between` names the two where
-    there are more.
+    Labelled pictures or videos: a kNN and a linear probe, and class means of 1, 5 and 10 examples in many draws, are
+    fitted on the split "train" (its first `limit` items) and tested on `split`, and with `attentive` a probe of the
+    encoder's tokens, which are held in memory; `at="head"` measures behind the training head as well, where the loss
+    was taken (the bundle must have been loaded with its heads); `baselines` adds raw pixels and colours (of a video,
+    those of its average frame) and the same encoder untrained. With `templates` ("a photo of a {}") the pictures are
+    classified by the names of their classes, without any fitting. Two modalities that the bundle and the data share,
+    such as pictures and captions: recall both ways, for each value of the column `by` too, the gap between them and
+    their hubs; always by plain cosines. `between` names the two where there are more.
     """
     if at == "head" and "image" not in bundle.heads:
         raise UsageError(
@@ -143,7 +145,7 @@ def evaluate(
                 read = [_tokens(model, part, modality, on_error=on_error, quiet=quiet) for part in parts]
                 labels[name] = labels[name]._replace(attentive=attentive_probe(*read[0], *read[1]))
         if baselines:
-            labels["pixels"] = _probes(*_pixels(parts, modality, int(tower.encoder.spec["channels"]), on_error))
+            labels |= _pixels(parts, modality, int(tower.encoder.spec["channels"]), on_error)
     tested = data if data.splits is None else data.split(split)
     named = _zero_shot(bundle, tested, templates, on_error=on_error, quiet=quiet) if templates else None
     space = None
@@ -192,7 +194,7 @@ Features = tuple[np.ndarray, np.ndarray]  # one row an item, and the items' labe
 
 
 def _probes(train: Features, test: Features) -> Labels:
-    return Labels(knn=knn_probe(*train, *test), linear=linear_probe(*train, *test))
+    return Labels(knn=knn_probe(*train, *test), linear=linear_probe(*train, *test), few=few_shot(*train, *test))
 
 
 def _embedded(
@@ -210,21 +212,25 @@ def _tokens(tower: Tower | Encoder, source: Source, modality: Modality, *, on_er
     return found, source.labels[kept]
 
 
-def _pixels(parts: tuple[Source, Source], modality: Modality, channels: int, on_error: OnError) -> list[Features]:
-    """Thumbnails of both parts around the first one's mean: cosines of raw pixels mostly compare brightness."""
-    features = []
-    mean: Any = 0
-    for place, part in enumerate(parts):
+def _pixels(parts: tuple[Source, Source], modality: Modality, channels: int, on_error: OnError) -> dict[str, Labels]:
+    """What thumbnails know, as they are and by their colours alone."""
+    found, of = [], []
+    for part in parts:
         if part.modalities[modality] == "video":
             frames, offsets, kept, _ = decoded_clips(part, modality, THUMBNAIL, channels=channels, on_error=on_error)
-            pixels = np.stack([frames[start:stop].mean(0) for start, stop in pairwise(offsets)])
+            means = np.stack([frames[start:stop].mean(0) for start, stop in pairwise(offsets)])
+            pixels = means if frames.dtype.kind == "f" else means.round().astype(frames.dtype)
         else:
             pixels, kept, _ = decoded(part, THUMBNAIL, channels=channels, on_error=on_error)
-        rows = pixels.reshape(len(pixels), -1).astype(np.float32)
-        mean = mean if place else rows.mean(0)
         assert part.labels is not None
-        features.append((rows - mean, part.labels[kept]))
-    return features
+        found.append(pixels)
+        of.append(part.labels[kept])
+    train, mean = thumbnails(found[0])
+    test, _ = thumbnails(found[1], mean)
+    return {
+        "pixels": _probes((train, of[0]), (test, of[1])),
+        "colours": _probes((colour_histogram(found[0]), of[0]), (colour_histogram(found[1]), of[1])),
+    }
 
 
 def _untrained(tower: Tower) -> Encoder:
