@@ -266,6 +266,11 @@ class ChromaStore:
         with self._doing("count its items"):
             return self._items.count()
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """How Chroma was told to build and search its graph."""
+        return dict(self._items.configuration_json["hnsw"])
+
     def close(self) -> None:
         self._close()
 
