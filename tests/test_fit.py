@@ -430,6 +430,12 @@ def test_a_watched_run_that_has_stopped_is_not_trained_further(tmp_path):
     assert (tmp_path / CHECKPOINT).stat().st_mtime_ns == before
 
 
+def test_a_batch_of_one_is_refused_where_rows_are_compared(tmp_path):
+    with pytest.raises(UsageError, match="CLIP compares the rows of a batch, which takes 2; got 1"):
+        fit(CLIP(heads()), pairs(batch=1), steps=1, out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_watch_that_never_looks_is_refused():
     with pytest.raises(UsageError, match="every step or less often"):
         Watch(told, every=0, patience=1)

@@ -28,6 +28,7 @@ class Method(nn.Module, ABC):
     """One way to train representations. Subclasses are final; share parts by composition."""
 
     needs: Sequence[str] = ("image",)  # the columns of a batch that forward reads
+    smallest_batch = 2  # rows of a batch: what is compared with others, or with their spread, says nothing alone
     sync_batchnorm = True  # several processes: BatchNorm sees the global batch, as one process would
 
     @abstractmethod

@@ -31,6 +31,8 @@ class IJEPA(Method):
     `context`: `least` patches or more, wherever ten tries find so many.
     """
 
+    smallest_batch = 1
+
     def __init__(
         self,
         encoder: ImageEncoder,

@@ -28,6 +28,7 @@ class Interleaved(Method):
     """
 
     needs = ("image", "tokens", "document")
+    smallest_batch = 1
 
     def __init__(self, reader: Reader, *, pixels: float = 0.0):
         super().__init__()

@@ -24,6 +24,8 @@ from twofold.views.masks import random, taken
 class MAE(Method):
     """`encoder` is a vision transformer, such as timm:vit_tiny_patch16_224/4; `share` of its patches are hidden."""
 
+    smallest_batch = 1
+
     def __init__(
         self,
         encoder: ImageEncoder,

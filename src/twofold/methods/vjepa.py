@@ -36,6 +36,7 @@ class VJEPA(Method):
     """
 
     needs = ("video",)
+    smallest_batch = 1
 
     def __init__(
         self,

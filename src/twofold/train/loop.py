@@ -130,6 +130,11 @@ def fit(
     to normalise by, and where `out` holds a run that was asked for differently.
     """
     out, started = Path(out), time.monotonic()
+    if batches.batch < method.smallest_batch:
+        raise UsageError(
+            f"{type(method).__name__} compares the rows of a batch, which takes {method.smallest_batch}; "
+            f"got {batches.batch}."
+        )
     fabric = fabric or Fabric(accelerator=runtime.device().type, devices=1)
     missing = set(method.needs) - set(batches[0])
     if missing:
