@@ -107,7 +107,7 @@ CASES = [*METHODS, "simclr in chunks"]
 def pictures(batch: int) -> Batches:
     pixels = torch.randint(0, 256, (48, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     clips = torch.stack((pixels, pixels.flip(-1)), 1)
-    return Batches({"image": pixels, "clip": clips, "label": torch.arange(48) % 4}, batch=batch, seed=0)
+    return Batches({"image": pixels, "video": clips, "label": torch.arange(48) % 4}, batch=batch, seed=0)
 
 
 def small(norm: nn.Module) -> ImageEncoder:
@@ -277,11 +277,14 @@ def test_compiling_leaves_names_as_they_are_and_ends_with_the_run():
     assert not any(module._compiled_call_impl for module in method.modules())
 
 
-def test_a_batch_too_small_for_batchnorm_is_named_with_what_to_do(tmp_path):
+def test_a_chunk_too_small_for_batchnorm_is_named_with_what_to_do(tmp_path):
     policy = replace(SIMCLR_CIFAR, size=SIZE)
-    method = METHODS["byol"](small(nn.BatchNorm2d(8)), policies=(policy, policy))
-    with pytest.raises(TrainingError, match=r"BYOL has a BatchNorm, .* larger batch"):
-        fit(method, pictures(1), steps=1, out=tmp_path, quiet=True)
+    encoder = small(nn.BatchNorm2d(8))
+    encoder.body.append(nn.LazyBatchNorm1d())
+    encoder(torch.rand(2, 3, SIZE, SIZE))
+    method = METHODS["byol"](encoder, policies=(policy, policy))
+    with pytest.raises(TrainingError, match=r"BYOL has a BatchNorm, .* larger chunk"):
+        fit(method, pictures(4), steps=1, chunk=1, out=tmp_path, quiet=True)
 
 
 def test_weight_decay_follows_its_schedule(tmp_path):

@@ -87,6 +87,13 @@ def test_vectors_come_back_in_the_order_asked_for_and_of_length_one(store):
         store.vectors(["item0", "nobody"])
 
 
+def test_an_item_asked_for_twice_comes_twice(store):
+    ids = fill(store, [{"n": n} for n in range(3)], cloud(3))
+    twice = [ids[1], ids[0], ids[1]]
+    np.testing.assert_array_equal(store.vectors(twice), np.stack([store.vectors([name])[0] for name in twice]))
+    assert store.meta(twice) == [{"n": 1}, {"n": 0}, {"n": 1}]
+
+
 def test_an_empty_store_answers(store):
     assert (len(store), store.ids(), store.query(np.ones(4), 3)) == (0, [], [])
     store.upsert([], np.empty((0, 4)), [])

@@ -242,18 +242,20 @@ class ChromaStore:
 
     def vectors(self, ids: Sequence[str]) -> Float[np.ndarray, "n d"]:
         found: dict[str, np.ndarray] = {}
+        unique = list(dict.fromkeys(ids))  # Chroma refuses an id asked for twice
         with self._doing("read vectors"):
-            for part in self._batches(len(ids)):
-                got = self._items.get(list(ids[part]), include=["embeddings"])
+            for part in self._batches(len(unique)):
+                got = self._items.get(unique[part], include=["embeddings"])
                 found.update(zip(got["ids"], got["embeddings"], strict=True))
         _all_known(ids, found)
         return np.array([found[name] for name in ids], np.float32).reshape(len(ids), self.dim)
 
     def meta(self, ids: Sequence[str]) -> list[dict[str, Scalar]]:
         found: dict[str, Mapping] = {}
+        unique = list(dict.fromkeys(ids))
         with self._doing("read metadata"):
-            for part in self._batches(len(ids)):
-                got = self._items.get(list(ids[part]), include=["metadatas"])
+            for part in self._batches(len(unique)):
+                got = self._items.get(unique[part], include=["metadatas"])
                 found.update(zip(got["ids"], ({**(row or {})} for row in got["metadatas"]), strict=True))
         _all_known(ids, found)
         return [dict(sorted(found[name].items())) for name in ids]
