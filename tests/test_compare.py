@@ -53,7 +53,9 @@ def test_every_method_has_its_facts_and_they_are_true():
     assert FACTS.keys() == METHODS.keys()
     for variant in variants_of(fitting(coloured()), TINY, OPTIMIZER, transformer=TRANSFORMER, items=60):
         chosen = _policies(variant.method, variant.setting.policy, {})
-        method = _method(variant.method, _picture(variant.setting), variant.setting, chosen, variant.options)
+        method = _method(
+            variant.method, _picture(variant.setting, of_clips=False), variant.setting, chosen, variant.options
+        )
         facts = FACTS[variant.method]
         assert hasattr(method, "target") == facts.momentum, variant.name
         assert any(isinstance(part, Tokens) for part in method.modules()) == facts.patches, variant.name

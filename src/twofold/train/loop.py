@@ -21,7 +21,7 @@ from lightning_fabric import Fabric
 from twofold import runtime
 from twofold.data.atomic import write_atomically
 from twofold.errors import TrainingError, UsageError
-from twofold.measure.collapse import effective_rank
+from twofold.measure.collapse import effective_rank, spread
 from twofold.methods.base import Method, Out
 from twofold.models.norm import synchronised
 from twofold.progress import TERMINAL, Line
@@ -186,8 +186,9 @@ def fit(
                     f"The loss is {loss} in step {step}. The checkpoint in {out} is of step {last_saved}. Lower the "
                     f"learning rate (now {optimizer.lr}), warm up longer, or clip the gradient (--optimizer.clip 1)."
                 )
-        rank = effective_rank(result.z[:RANK_ROWS])
-        figures = {"loss": losses[-1], "chance": result.chance, "rank": rank, **scored}
+        seen = result.z[:RANK_ROWS].detach()
+        figures = {"loss": losses[-1], "chance": result.chance, "rank": effective_rank(seen), "spread": spread(seen)}
+        figures |= scored
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         if log is not None:
             parts = {name: float(value) for name, value in result.parts.items()}

@@ -1,0 +1,159 @@
+"""Which negatives get the gradient: a contrastive loss under the microscope, on embeddings as they are.
+
+The gradient of InfoNCE with respect to the similarity of an anchor and a negative is that negative's softmax
+probability over the temperature (arXiv 2012.09740, section 3.1). So the shares that negatives have of it follow from
+similarities alone, for the temperature of the training and for any other.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from twofold.errors import DataError, UsageError
+from twofold.measure.metrics import Matrix, unit_rows
+
+TEMPERATURES = tuple(np.geomspace(0.01, 2, 24).round(4).tolist())
+HARDEST = 0.01  # of the negatives: their part of the gradient says how much goes to few
+BINS = 60  # of the histograms, over cosines −1..1
+ALERT, FLAT = 0.05, 0.9  # effective shares of negatives between which a temperature tells hard from easy
+
+
+class Shares(NamedTuple):
+    """Who gets the gradient at one temperature, on average over anchors."""
+
+    temperature: float
+    effective: float  # exp of the entropy of the negatives' shares: as many equal ones would spread it so, 1..negatives
+    hardest: float  # the part that the hardest hundredth of negatives takes, 0..1
+    push: float  # 1 − the positive's probability: the size of the gradient times the temperature, 0..1
+    suspects: float  # the part of the gradient that suspected false negatives take, 0..1
+
+
+class Microscope(NamedTuple):
+    """A sample of anchors and their negatives: similarities, and who gets the gradient now and otherwise."""
+
+    anchors: int
+    negatives: float  # of an anchor, on average
+    suspects: float  # the part of the negatives that are suspected to be false, 0..1
+    now: Shares
+    curve: list[Shares]  # the same embeddings at other temperatures
+    positive: list[float]  # histograms: the share of cosines in each of `BINS` bins over −1..1
+    negative: list[float]
+    closest: list[tuple[int, int, float]]  # anchor, negative, cosine: the hardest ones that are not suspects
+    suspected: list[tuple[int, int, float]]  # and the suspects that take most
+
+    @property
+    def suggested(self) -> tuple[float, float] | None:
+        """The temperatures at which an anchor's gradient goes to more than a few negatives and not to all alike.
+
+        It holds for these embeddings: trained at another temperature they would lie differently. None where no
+        temperature of the curve does so, as for embeddings that collapsed.
+        """
+        fit = [at.temperature for at in self.curve if ALERT <= at.effective / self.negatives <= FLAT]
+        return (min(fit), max(fit)) if fit else None
+
+
+def microscope(
+    similarities: Float[Tensor, "q m"],
+    positives: Bool[Tensor, "q m"],
+    *,
+    temperature: float,
+    excluded: Bool[Tensor, "q m"] | None = None,
+    suspects: Bool[Tensor, "q m"] | None = None,
+    temperatures: Sequence[float] = TEMPERATURES,
+    examples: int = 12,
+) -> Microscope:
+    """Look at the cosines of q anchors and m candidates, of which each anchor has one positive or more.
+
+    `excluded` cells are neither (an anchor itself); `suspects` are negatives that may show the same thing as the
+    anchor, as `twofold.mining` finds them. Raises DataError where an anchor lacks a positive or a negative.
+    """
+    if not temperature > 0:
+        raise UsageError(f"A temperature is greater than 0; got {temperature}.")
+    s = similarities.detach().float()
+    negative = ~positives if excluded is None else ~positives & ~excluded
+    if not (positives.any(1) & negative.any(1)).all():
+        raise DataError("Every anchor needs a positive and a negative to be looked at.")
+    doubted = torch.zeros_like(negative) if suspects is None else suspects & negative
+    counts = negative.sum(1)
+    return Microscope(
+        anchors=len(s),
+        negatives=counts.float().mean().item(),
+        suspects=(doubted.sum() / counts.sum()).item(),
+        now=_shares(s, positives, negative, doubted, temperature),
+        curve=[_shares(s, positives, negative, doubted, value) for value in temperatures],
+        positive=_histogram(s[positives]),
+        negative=_histogram(s[negative]),
+        closest=_highest(s, negative & ~doubted, examples),
+        suspected=_highest(s, doubted, examples),
+    )
+
+
+def of_views(
+    first: Matrix,
+    second: Matrix,
+    *,
+    temperature: float,
+    same: Bool[Tensor, "n n"] | None = None,
+    alike: float = 0.0,
+    **options,
+) -> Microscope:
+    """The microscope on a batch of two views (NT-Xent): 2n anchors, each with the other view of its item as positive.
+
+    `same[i, j]` says that items i and j are known to show the same (copies, one label, one caption). `alike` suspects
+    negatives that score above that share of their anchor's positive, as the positive-aware rule of NV-Retriever does
+    (arXiv 2407.15831): 0.95 is theirs, 0 suspects none.
+    """
+    z = torch.cat([unit_rows(first), unit_rows(second)])
+    n = len(z) // 2
+    s = z @ z.T
+    positives = torch.eye(n, dtype=torch.bool, device=z.device).roll(0).repeat(2, 2)
+    itself = torch.eye(2 * n, dtype=torch.bool, device=z.device)
+    positives &= ~itself
+    suspects = torch.zeros_like(itself) if same is None else same.to(z.device).repeat(2, 2)
+    if alike:
+        own = s[positives][:, None]
+        suspects = suspects | ((s >= alike * own) & (own > 0))
+    return microscope(s, positives, temperature=temperature, excluded=itself, suspects=suspects, **options)
+
+
+def _shares(
+    s: Float[Tensor, "q m"],
+    positives: Bool[Tensor, "q m"],
+    negative: Bool[Tensor, "q m"],
+    doubted: Bool[Tensor, "q m"],
+    temperature: float,
+) -> Shares:
+    logits = s / temperature
+    against = logits.masked_fill(~negative, -math.inf)
+    share = against.softmax(1)
+    entropy = -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(1)
+    ranked = share.sort(1, descending=True).values.cumsum(1)
+    top = (HARDEST * negative.sum(1)).ceil().long().clamp_min(1)
+    positive = logits.masked_fill(~positives, -math.inf).logsumexp(1)
+    push = torch.sigmoid(against.logsumexp(1) - positive)  # a share of the whole softmax
+    suspected = (share * doubted).sum(1)
+    total = push.sum()
+    return Shares(
+        temperature=temperature,
+        effective=entropy.exp().mean().item(),
+        hardest=ranked.gather(1, top[:, None] - 1).mean().item(),
+        push=push.mean().item(),
+        suspects=((suspected * push).sum() / total if total > 0 else suspected.mean()).item(),
+    )
+
+
+def _histogram(cosines: Float[Tensor, "p"]) -> list[float]:
+    counts = torch.histc(cosines.clamp(-1, 1), BINS, -1, 1)
+    return (counts / counts.sum().clamp_min(1)).tolist()
+
+
+def _highest(s: Float[Tensor, "q m"], among: Bool[Tensor, "q m"], k: int) -> list[tuple[int, int, float]]:
+    """The k highest cells, no anchor twice."""
+    best, at = s.masked_fill(~among, -math.inf).max(1)
+    rows = best.topk(min(k, len(best))).indices.tolist()
+    return [(row, int(at[row]), float(best[row])) for row in rows if best[row] > -math.inf]
