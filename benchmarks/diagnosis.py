@@ -41,7 +41,6 @@ class Failure(NamedTuple):
     make: Callable[[int], Method]
     expected: tuple[str, ...]
     lr: float = OPTIMIZER.lr
-    copies: int = 1  # of each picture
 
 
 def without_stop_gradient(seed: int) -> Method:
@@ -59,6 +58,14 @@ def without_stop_gradient(seed: int) -> Method:
     return method
 
 
+def too_easy(seed: int) -> Method:
+    """Two views that differ by a flip: colour and place give partners away."""
+    method = make("simclr", seed, RECIPES["simclr"].options)
+    view = replace(SIMCLR_CIFAR, area=(1.0, 1.0), aspect=(1.0, 1.0), jitter=0.0, gray=0.0, blur=0.0)
+    method.policies = view, view
+    return method
+
+
 def changed(name: str, **options: Any) -> Callable[[int], Method]:
     return lambda seed: make(name, seed, {**RECIPES[name].options, **options})
 
@@ -72,17 +79,11 @@ FAILURES: dict[str, Failure] = {
     "simclr, temperature 0.002": Failure(
         changed("simclr", temperature=0.002), ("temperature too low", "worse than chance")
     ),
-    "simclr, learning rate 3": Failure(changed("simclr"), (*COLLAPSED, "stuck at chance", "worse than chance"), lr=3.0),
+    "simclr, learning rate 3": Failure(changed("simclr"), (*COLLAPSED, "rank fell", "stuck at chance"), lr=3.0),
     "triplet, batch-hard, learning rate 0.03": Failure(
-        changed("triplet", mining="batch-hard", labels=False), COLLAPSED, lr=0.03
+        changed("triplet", mining="batch-hard", labels=False), (*COLLAPSED, "stuck at chance"), lr=0.03
     ),
-    "simclr, views without crop and colour": Failure(
-        changed(
-            "simclr",
-            policies=(replace(SIMCLR_CIFAR, area=(1.0, 1.0), aspect=(1.0, 1.0), jitter=0.0, gray=0.0, blur=0.0),) * 2,
-        ),
-        ("solved early",),
-    ),
+    "simclr, views without crop and colour": Failure(too_easy, ("views too alike", "solved early")),
 }
 
 

@@ -12,6 +12,7 @@ from twofold.cli.calibrate import calibrate
 from twofold.cli.caption import caption
 from twofold.cli.compare import compare
 from twofold.cli.demo import demo
+from twofold.cli.doctor import doctor
 from twofold.cli.embed import embed
 from twofold.cli.evaluate import evaluate
 from twofold.cli.export import export
@@ -33,6 +34,7 @@ VERBS: dict[str, Verb] = {
     "views": views,
     "train": train,
     "compare": compare,
+    "doctor": doctor,
     "align": align,
     "interleave": interleave,
     "caption": caption,

@@ -20,7 +20,10 @@ STUCK = 0.01  # of the way from chance to the best possible loss: what a run has
 ROOM = 0.25  # nats between chance and the best possible: with less, all negatives weigh alike
 COLD = 2.0  # times chance: where a first loss is higher than this, few negatives carry it
 SOLVED = 0.95  # of the way from chance to the best possible
+EASY = 0.2  # of that way: what an untrained network must not have come already
 FELL = 0.4  # of its own highest: a rank below has fallen
+AGREED = 0.9  # views that agree so well have nothing left to learn from each other
+SANK = 0.5  # of its own highest: with views that agree, such a rank says that they agree on nothing
 ENOUGH = 5  # lines of a log: with fewer nothing is said
 VARIANCE = 0.05  # of a target that is normalised to 1
 
@@ -49,7 +52,8 @@ def diagnose(log: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> lis
             )
         ]
     course = _Course(lines, record)
-    rules = (_one_point, _no_targets, _hot, _at_chance, _worse_than_chance, _cold, _solved, _sheet, _rank_fell)
+    alarms = (_one_point, _agreed, _no_targets, _hot, _at_chance, _worse_than_chance, _cold)
+    rules = (*alarms, _easy, _solved, _sheet, _rank_fell)
     found: list[Verdict] = []
     for rule in rules:
         verdict = rule(course, {each.name for each in found})
@@ -60,9 +64,10 @@ def diagnose(log: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> lis
     return sorted(found, key=lambda verdict: ("bad", "warn", "good").index(verdict.tone))
 
 
-def collapsed(spreads: Sequence[float]) -> bool:
-    """Whether a training may be given up: the last three spreads that were logged are those of a single point."""
-    return len(spreads) >= 3 and max(spreads[-3:]) < POINT
+def collapse_in(log: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> Verdict | None:
+    """The verdict for which a training may be given up, if the log so far shows one."""
+    fatal = ("collapsed", "constant targets")
+    return next((verdict for verdict in diagnose(log, record) if verdict.name in fatal), None)
 
 
 def examined(health: Health) -> list[Verdict]:
@@ -178,7 +183,7 @@ class _Course:
         return (self.chance - self.loss) / max(self.chance - floor, 1e-9)
 
 
-SOFTMAX = ("simclr", "moco", "mocov3", "clip")  # their chance level is ln of the number of candidates
+SOFTMAX = ("simclr", "moco", "clip")  # their chance level is ln of the number of candidates
 
 
 def _one_point(run: _Course, found: set[str]) -> Verdict | None:
@@ -191,6 +196,29 @@ def _one_point(run: _Course, found: set[str]) -> Verdict | None:
         evidence += f"; loss {run.loss:.3f} at {_level(run)}"
     return Verdict(
         "collapsed", "bad", "The encoder gives every item the same embedding.", evidence, _against_collapse(run)
+    )
+
+
+def _agreed(run: _Course, found: set[str]) -> Verdict | None:
+    """Collapse behind the head: there the views agree whatever they show, and the encoder's dimensions follow."""
+    if run.loss is None or "collapsed" in found:
+        return None
+    variance = run.end("variance")
+    agreement = {
+        "simsiam": -run.loss,  # the mean cosine of prediction and target
+        "byol": 1 - run.loss / 4,  # two terms of 2 − 2 cos
+        "vicreg": variance if variance is not None else 0.0,  # how far each dimension falls short of deviation 1
+    }.get(run.name, 0.0)
+    ranks = run.of("rank")
+    if agreement < AGREED or not ranks or median(ranks[-3:]) >= SANK * max(ranks):
+        return None
+    what = "variance missing" if run.name == "vicreg" else "mean cosine of prediction and target"
+    return Verdict(
+        "collapsed",
+        "bad",
+        "The views agree because everything does: behind the head all items have become one.",
+        f"{what} {agreement:.3f}; effective rank of the features {max(ranks):.1f} → {median(ranks[-3:]):.1f}",
+        _against_collapse(run),
     )
 
 
@@ -252,7 +280,9 @@ def _at_chance(run: _Course, found: set[str]) -> Verdict | None:
         "bad",
         "The loss is what embeddings would get that know nothing.",
         f"loss {run.loss:.3f} at {_level(run)}; spread {run.end('spread') or math.nan:.3f}",
-        "Look at the views (twofold views DATA --policy P): do two of one picture still show the same thing? Then "
+        _against_collapse(run)
+        if run.name == "triplet"
+        else "Look at the views (twofold views DATA --policy P): do two of one picture still show the same thing? Then "
         f"change the learning rate (now {run.rate:g}) by a factor of three either way."
         if run.rate
         else "Look at the views, then at the learning rate.",
@@ -285,6 +315,24 @@ def _cold(run: _Course, found: set[str]) -> Verdict | None:
         "At this temperature the hardest negative of each anchor takes all of the gradient, false ones first.",
         f"the loss began at {first:.1f}, {first / run.chance:.1f} times chance; temperature {run.temperature:g}",
         "Raise the temperature: 0.05 to 0.5 is usual. twofold doctor RUN --data D draws who gets the gradient at each.",
+    )
+
+
+def _easy(run: _Course, found: set[str]) -> Verdict | None:
+    """An untrained network knows next to nothing: what it finds partners by is not what the pictures show."""
+    first = run.lines[0]
+    fresh = first.get("step") == 1 and not str(run.record.get("encoder", "")).startswith(("run:", "local:"))
+    if not fresh or run.floor is None or run.chance is None or run.name != "simclr" or found:
+        return None  # a queue begins with random keys, far from everything
+    come = (run.chance - first["loss"]) / max(run.chance - run.floor, 1e-9)
+    if come < EASY:
+        return None
+    return Verdict(
+        "views too alike",
+        "warn",
+        "Before it learned anything, the network told most partners from strangers: something simple gives them away.",
+        f"loss {first['loss']:.3f} in step 1, {100 * come:.0f} % of the way from {_level(run)} to the best possible",
+        "See what is left open (twofold views DATA --policy P --audit: shortcuts); crop and jitter colour, both.",
     )
 
 
@@ -323,7 +371,7 @@ def _rank_fell(run: _Course, found: set[str]) -> Verdict | None:
     end = run.end("rank")
     if end is None or {"collapsed", "thin sheet"} & found or run.name in ("supcon", "triplet"):
         return None  # labels have no more dimensions than classes
-    highest = max(median(ranks[i : i + 3]) for i in range(max(1, len(ranks) - 2)))
+    highest = max(ranks[0], *(median(ranks[i : i + 3]) for i in range(max(1, len(ranks) - 2))))
     if end >= FELL * highest:
         return None
     return Verdict(

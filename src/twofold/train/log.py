@@ -12,13 +12,14 @@ class Log:
 
     def __init__(self, path: Path, *, step: int):
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_log(path) if line["step"] <= step]
+        self.lines = [line for line in read_log(path) if line["step"] <= step]
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         os.replace(temporary, path)
         self._path = path
 
     def write(self, line: Mapping[str, Any]) -> None:
+        self.lines.append(dict(line))
         with open(self._path, "a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -22,6 +22,7 @@ from twofold import runtime
 from twofold.data.atomic import write_atomically
 from twofold.errors import TrainingError, UsageError
 from twofold.measure.collapse import effective_rank, spread
+from twofold.measure.diagnosis import collapse_in
 from twofold.methods.base import Method, Out
 from twofold.models.norm import synchronised
 from twofold.progress import TERMINAL, Line
@@ -114,6 +115,7 @@ def fit(
     record: Mapping[str, Any] = {},
     fabric: Fabric | None = None,
     profile: bool = False,
+    stop_on_collapse: bool = False,
     quiet: bool = False,
 ) -> Run:
     """Train `method` for `steps` steps into the folder `out`, going on from the checkpoint that lies there.
@@ -127,7 +129,8 @@ def fit(
     SIGTERM finish the step, write a checkpoint and then interrupt.
 
     Raises TrainingError where the loss is not finite (the last good checkpoint stays), where a batch has too few rows
-    to normalise by, and where `out` holds a run that was asked for differently.
+    to normalise by, where `out` holds a run that was asked for differently, and with `stop_on_collapse` as soon as the
+    log shows one (`measure.diagnosis`).
     """
     out, started = Path(out), time.monotonic()
     if batches.batch < method.smallest_batch:
@@ -194,6 +197,11 @@ def fit(
             parts = {name: float(value) for name, value in result.parts.items()}
             log.write({"step": done, **figures, **parts, "lr": rate, "seconds": time.monotonic() - started})
         line.update(done, steps, per_unit=batches.batch, figures=figures)
+        if stop_on_collapse and (ill := fabric.broadcast(collapse_in(log.lines, asked) if log is not None else None)):
+            raise TrainingError(
+                f"Stopped in step {done}. {ill.says} {ill.evidence[0].upper()}{ill.evidence[1:]}. {ill.advice} "
+                f"The checkpoint in {out} is of step {last_saved}."
+            )
 
     def stopping(done: int) -> bool:
         """Whether to stop after this step; several processes agree on it, and so ask each other less often."""
@@ -249,7 +257,7 @@ def fit(
                 enough = best is not None and best.exhausted(done)
                 stop = stopping(done) or enough
                 save = stop or done % save_every == 0
-                if save or scored or done % log_every == 0:
+                if save or scored or done == 1 or done % log_every == 0:  # step 1: what the untrained network gives
                     flush(done, result, rate, scored)
                 if save:
                     last_saved = done

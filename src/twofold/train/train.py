@@ -54,6 +54,7 @@ class Setting:
     chunk: int | None = None  # rows an encoder sees at a time: a batch that memory does not hold, at a third more time
     compile: bool = False  # let torch compile the encoders, in a minute or so; on a CPU only transformers gain
     profile: bool = False  # tell where the time of the first steps goes, in profile.json too
+    stop_on_collapse: bool = False  # end as soon as the log shows that all embeddings become one
 
 
 def train(
@@ -133,6 +134,7 @@ def train(
             },
             fabric=fabric,
             profile=setting.profile,
+            stop_on_collapse=setting.stop_on_collapse,
             quiet=quiet,
         )
     if fabric.is_global_zero:
@@ -215,7 +217,16 @@ def _compiled(method: Method) -> Iterator[None]:
 
 def _identity(setting: Setting) -> dict[str, Any]:
     """What of a setting decides the weights; how many processes and how often a checkpoint is written does not."""
-    aside = ("devices", "save_every", "on_error", "profile", "batch", "seed", "chunk")  # the last three: see `fit`
+    aside = (
+        "devices",
+        "save_every",
+        "on_error",
+        "profile",
+        "stop_on_collapse",
+        "batch",
+        "seed",
+        "chunk",
+    )  # `fit` has the last
     return {name: value for name, value in asdict(setting).items() if name not in aside}
 
 

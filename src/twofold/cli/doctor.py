@@ -1,0 +1,61 @@
+"""`twofold doctor`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from twofold.cli.flags import verb
+from twofold.cli.show import print_json
+
+
+@verb
+def doctor(
+    run: Annotated[Path, arg(metavar="RUN")],
+    /,
+    *,
+    data: Annotated[str | None, arg(metavar="DATA")] = None,
+    out: Annotated[Path | None, arg(metavar="FILE")] = None,
+    limit: int = 1000,
+    temperature: float | None = None,
+    images: Annotated[Path | None, arg(metavar="DIR")] = None,
+    json: bool = False,
+) -> None:
+    """Is it learning? Verdicts on a run, with their evidence and what to do, in the terminal and on one page.
+
+    examples:
+      twofold doctor runs/a
+      twofold doctor runs/a --data photos/
+      twofold doctor runs/a --data photos/ --temperature 0.1 --out doctor.html
+      twofold doctor runs/a --json
+
+    Args:
+        run: the folder of a run; it may still be training
+        data: pictures to look at with the encoder: embeddings, negatives, neighbours
+        out: the page; RUN/doctor.html where it is not given. One that ends in .md holds the verdicts alone
+        limit: look at the first so many pictures
+        temperature: of the microscope, instead of the run's own
+        images: where the manifest's files are, if not beside it
+        json: print the result as JSON, without the pictures
+    """
+    from twofold.data.atomic import write_atomically
+    from twofold.data.sources import open_source
+    from twofold.terminal import CONSOLE
+    from twofold.train.doctor import doctor as examine
+    from twofold.train.doctor_page import markdown, page
+
+    source = open_source(data, images=images) if data is not None else None
+    done = examine(run, source, limit=limit, temperature=temperature, quiet=json)
+    out = run / "doctor.html" if out is None else out
+    text = markdown(done) if out.suffix == ".md" else page(done, notice=getattr(source, "notice", "") or "")
+    write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
+    if json:
+        print_json({**done._replace(thumbnails=None, log=[])._asdict(), "worst": done.worst, "page": str(out)})
+        return
+    tones = {"good": "green", "warn": "yellow", "bad": "red"}
+    for verdict in done.verdicts:
+        CONSOLE.print(f"  [{tones[verdict.tone]}]{verdict.name}[/] · {verdict.says}", highlight=False)
+        CONSOLE.print(f"    {verdict.evidence}", highlight=False, markup=False, style="dim")
+        if verdict.advice:
+            CONSOLE.print(f"    → {verdict.advice}", highlight=False, markup=False)
+    print(f"  {out}")
