@@ -90,7 +90,7 @@ def examined(health: Health) -> list[Verdict]:
                 "bad",
                 "The embeddings use few of their dimensions.",
                 f"effective rank {health.rank:.1f} of {min(health.n, health.width)}; "
-                f"{health.axes} axes hold 90 % of the variance",
+                f"{_axes(health)} 90 % of the variance",
                 "Compare with the encoder before training; weigh a penalty on redundancy (barlow, vicreg, lejepa), "
                 "richer views, or a lower learning rate.",
             )
@@ -121,11 +121,15 @@ def examined(health: Health) -> list[Verdict]:
                 "spread out",
                 "good",
                 "The embeddings are spread out.",
-                f"effective rank {health.rank:.0f} of {min(health.n, health.width)}, {health.axes} axes hold 90 % "
+                f"effective rank {health.rank:.0f} of {min(health.n, health.width)}, {_axes(health)} 90 % "
                 f"of the variance, mean cosine {health.anisotropy:.2f}",
             )
         )
     return found
+
+
+def _axes(health: Health) -> str:
+    return "1 axis holds" if health.axes == 1 else f"{health.axes} axes hold"
 
 
 class _Course:

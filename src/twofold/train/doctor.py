@@ -31,6 +31,7 @@ VIEWS, OF = 4, 256  # views of so many pictures, for alignment and LiDAR; two of
 BATCH = 64  # pictures embedded at once
 QUERIES, NEIGHBOURS = 10, 6  # of the sheet of neighbours
 SIDE = 64  # pixels a side of a picture on the page
+LAGS = 2.5  # times: how much less plain pictures may spread in evaluation than views did in training
 COPIES = 0.999  # cosine from which two items are shown as copies
 
 
@@ -121,7 +122,8 @@ def _looked_at(
     same.fill_diagonal_(False)
     negatives = of_views(behind[0], behind[1], temperature=at, same=same, alike=0.95)
     copies = _copies(z).fill_diagonal_(False)
-    verdicts = [*done.verdicts, *examined(found), *_of_copies(copies), *_of_negatives(negatives, labels is not None)]
+    verdicts = [*done.verdicts, *examined(found), *_of_statistics(done.log, found, tower)]
+    verdicts += [*_of_copies(copies), *_of_negatives(negatives, labels is not None)]
     verdicts.sort(key=lambda verdict: ("bad", "warn", "good").index(verdict.tone))
     return done._replace(
         verdicts=verdicts,
@@ -168,6 +170,24 @@ def _temperature(record: Mapping[str, Any]) -> float | None:
 def _copies(z: Tensor) -> Tensor:
     u = unit_rows(z)
     return u @ u.T >= COPIES
+
+
+def _of_statistics(log: Sequence[Mapping[str, Any]], found: Health, tower: Tower) -> list[Verdict]:
+    """In training BatchNorm goes by the batch, afterwards by an average that may lag behind."""
+    trained = [line["spread"] for line in log if "spread" in line][-1:]
+    norms = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in tower.modules())
+    if not trained or not norms or trained[0] < LAGS * found.spread:
+        return []
+    return [
+        Verdict(
+            "statistics lag",
+            "warn",
+            "The encoder sees less now than it did in training: BatchNorm's averages may lag behind its weights.",
+            f"spread {trained[0]:.3f} of the last batch of views, {found.spread:.3f} of plain pictures in evaluation",
+            "Train on with a falling learning rate, or start from a trained encoder. If it stays, plain pictures look "
+            "unlike any view: weaken the policy.",
+        )
+    ]
 
 
 def _of_copies(copies: Tensor) -> list[Verdict]:
