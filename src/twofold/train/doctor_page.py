@@ -79,7 +79,7 @@ def _what(done: Doctored) -> str:
 def _curves(done: Doctored) -> list[str]:
     plots = []
     for name, also, words in (
-        ("loss", "chance", "dashed: the loss of embeddings that know nothing"),
+        ("loss", "chance", "of every batch; dashed: of embeddings that know nothing, where there is such a level"),
         ("rank", None, "effective rank of a batch: how many dimensions are in use"),
         ("spread", None, "of directions: 0 is one point, 1 all around"),
         ("target_variance", None, "of what is predicted: 0 is a constant"),
