@@ -1,7 +1,7 @@
 """How fast and how small is a step of the pair losses? Ours, the plain formula's and those of peers, in one run.
 
     python benchmarks/pairs.py                        # 4,096 pairs of 128, about two minutes on two cores
-    python benchmarks/pairs.py --large                # and ours with 65,536 pairs of 256, some minutes each
+    python benchmarks/pairs.py --large                # ours with 65,536 pairs of 256, added to the record: minutes
     python benchmarks/pairs.py --batch 512 --seconds .2
 
 A step is one forward and backward. The contenders take turns, so that a disturbance of the machine meets all of them;
@@ -199,39 +199,52 @@ def processor() -> str:
     return platform.processor()
 
 
+def compared(batch: int, dim: int, seconds: float, machine: str) -> dict:
+    """The record of all contenders and, where there is a GPU, of ours on it."""
+    for missing in sorted({who for each in LOSSES.values() for who in each if not installed(who)}):
+        print(f"{missing} is not installed and left out; pip install lightly open_clip_torch", file=sys.stderr)
+    peers = {"lightly": "lightly", "open_clip": "open_clip_torch"}
+    record: dict = {
+        "machine": machine,
+        "versions": {
+            "torch": version("torch"),
+            **{name: version(package) for name, package in peers.items() if installed(name)},
+        },
+        "n": f"{batch} pairs of {dim}, float32, median of {TURNS} turns of {seconds:g} s",
+        "losses": {name: race(name, batch, dim, seconds) for name in LOSSES},
+    }
+    if torch.cuda.is_available():
+        record["gpu"] = {name: on_gpu(name) for name in LOSSES}
+        record["gpu"]["n"] = f"{HUGE[0]} pairs of {HUGE[1]}, float32, one step, {torch.cuda.get_device_name()}"
+    return record
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4096, help="pairs (default: 4096)")
     parser.add_argument("--dim", type=int, default=128, help="width of an embedding (default: 128)")
     parser.add_argument("--seconds", type=float, default=2.0, help="least time of one contender's turn (default: 2)")
-    parser.add_argument("--large", action="store_true", help=f"also ours with {LARGE[0]} pairs of {LARGE[1]}")
+    parser.add_argument("--large", action="store_true", help=f"instead, add ours with {LARGE[0]} pairs of {LARGE[1]}")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"where the figures go (default: {RESULTS.name})")
     parser.add_argument("--alone", nargs=2, metavar=("LOSS", "WHO"), help="one step's time and memory, as JSON")
     given = parser.parse_args()
     if given.alone:
         print(json.dumps(measure_alone(*given.alone, given.batch, given.dim)))
         return
-    for missing in sorted({who for each in LOSSES.values() for who in each if not installed(who)}):
-        print(f"{missing} is not installed and left out; pip install lightly open_clip_torch", file=sys.stderr)
-    peers = {"lightly": "lightly", "open_clip": "open_clip_torch"}
-    record: dict = {
-        "machine": f"{processor()}, {torch.get_num_threads()} threads, {platform.system()} {platform.machine()}",
-        "versions": {
-            "torch": version("torch"),
-            **{name: version(package) for name, package in peers.items() if installed(name)},
-        },
-        "n": f"{given.batch} pairs of {given.dim}, float32, median of {TURNS} turns of {given.seconds:g} s",
-        "losses": {name: race(name, given.batch, given.dim, given.seconds) for name in LOSSES},
-    }
+    machine = f"{processor()}, {torch.get_num_threads()} threads, {platform.system()} {platform.machine()}"
+    record: dict = json.loads(given.out.read_text()) if given.out.exists() else {}
     if given.large:
-        record["large"] = {name: alone(name, "twofold", *LARGE) for name in LOSSES}
-        record["large"]["n"] = f"{LARGE[0]} pairs of {LARGE[1]}, float32, one step"
-    if torch.cuda.is_available():
-        record["gpu"] = {name: on_gpu(name) for name in LOSSES}
-        record["gpu"]["n"] = f"{HUGE[0]} pairs of {HUGE[1]}, float32, one step, {torch.cuda.get_device_name()}"
+        record["large"] = {
+            "machine": machine,
+            "torch": version("torch"),
+            "n": f"{LARGE[0]} pairs of {LARGE[1]}, float32, one step",
+            **{name: alone(name, "twofold", *LARGE) for name in LOSSES},
+        }
+    else:
+        record |= compared(given.batch, given.dim, given.seconds, machine)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(record, indent=2) + "\n")
-    for title, rows in record["losses"].items():
+    for title, rows in record.get("losses", {}).items():
         table = Table("contender", "ms", "low … high", "ratio", "error", "extra MiB", title=title)
         for row in rows:
             cells = (row["ms"], f"{row['low']} … {row['high']}", f"{row['ratio']}×", f"{row['error']:.0e}")
@@ -240,7 +253,7 @@ def main() -> None:
     for part in ("large", "gpu"):
         for name, found in record.get(part, {}).items():
             print(f"{part}: {name}: {found}")
-    print(f"{record['machine']}; {record['n']}. Written to {given.out}")
+    print(f"{record.get('n', 'Only --large')}. Written to {given.out}")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def sup_con(z: Float[Tensor, "n d"], labels: Int64[Tensor, "n"], *, temperature:
     if z.ndim != 2 or labels.shape != z.shape[:1]:
         raise ValueError(f"sup_con takes [n, d] and a label for each row; got {tuple(z.shape)}, {tuple(labels.shape)}.")
     _check_positive("sup_con", "temperature", temperature)
-    z = _unit(z) * (1 / temperature) ** 0.5
+    z = _unit(z, (1 / temperature) ** 0.5)
     _, of = labels.unique(return_inverse=True)
     positives = torch.bincount(of)[of] - 1
     has = positives > 0
@@ -99,7 +99,7 @@ def info_nce(
     _check_pairs("info_nce", q, k)
     _check_positive("info_nce", "temperature", temperature)
     _check_negatives("info_nce", negatives, q)
-    q, k, bound = _unit(q) / temperature, _unit(k), _bound(1 / temperature)
+    q, k, bound = _unit(q, 1 / temperature), _unit(k), _bound(1 / temperature)
     if negatives is None:
         rivals = log_sum_exp(q, k, bound=bound)
     else:
@@ -131,7 +131,7 @@ def clip(
     _check_negatives("clip", negatives, a)
     if not 0 <= debias < 1:
         raise ValueError(f"clip takes debias, a share of the rivals, from 0 to below 1; got {debias}.")
-    a, b, bound = _unit(a) * scale, _unit(b), _bound(scale)
+    a, b, bound = _unit(a, scale), _unit(b), _bound(scale)
     positive = (a * b).sum(1)
     among_b, among_a = log_sum_exp_both_ways(a, b, bound=bound)
     m = 0
@@ -167,7 +167,7 @@ def siglip(
     _check_pairs("siglip", a, b)
     _check_positive("siglip", "scale", scale)
     _check_negatives("siglip", negatives, a)
-    a, b, bound = _unit(a) * scale, _unit(b), _bound(scale) + _bound(bias)
+    a, b, bound = _unit(a, scale), _unit(b), _bound(scale) + _bound(bias)
     together = (a * b).sum(1) + bias
     bias = torch.as_tensor(bias, dtype=a.dtype, device=a.device)
     apart = softplus_sum(a, b, bias=bias, bound=bound)
@@ -211,7 +211,7 @@ def _decoupled(name: str, z1: Tensor, z2: Tensor, temperature: Number) -> Float[
     _check_pairs(name, z1, z2)
     _check_positive(name, "temperature", temperature)
     n = len(z1)
-    z = _unit(torch.cat((z1, z2))) * (1 / temperature) ** 0.5
+    z = _unit(torch.cat((z1, z2)), (1 / temperature) ** 0.5)
     partners = (z[:n] * z[n:]).sum(1)
     return log_sum_exp(z, skip=(0, n, -n), bound=_bound(1 / temperature)) - torch.cat((partners, partners))
 
@@ -221,9 +221,10 @@ def _cross_entropy(positive: Float[Tensor, "n"], rivals: Float[Tensor, "n"]) -> 
     return -F.logsigmoid(positive - rivals).mean()
 
 
-def _unit(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows of length 1, in float32 at least."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+def _unit(x: Float[Tensor, "n d"], length: Number = 1.0) -> Float[Tensor, "n d"]:
+    """Rows of length 1, or of another, in float32 at least: one factor a row, so that rows are gone through once."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * (length / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12))
 
 
 def _bound(number: Number) -> float:

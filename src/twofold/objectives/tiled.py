@@ -15,6 +15,7 @@ its row and its column; beyond, each row and each column is shifted by its own.
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int64
@@ -24,7 +25,8 @@ from torch.autograd.function import once_differentiable
 SAFE = 40.0  # e^±40, its sums over any number of rows and their inverses are normal float32
 LOG2E = math.log2(math.e)  # exponentials are powers of 2: on CPUs torch's exp2 takes a third of the time of its exp
 
-Tile = tuple[slice, slice, Float[Tensor, "h w"], Float[Tensor, "h w"]]  # rows, columns, products, room to calculate
+# The numbers of a block of rows and of a block of columns, their products, and room to calculate.
+Tile = tuple[int, int, Float[Tensor, "h w"], Float[Tensor, "h w"]]
 
 
 def log_sum_exp(
@@ -70,14 +72,18 @@ def hardest(z: Float[Tensor, "n d"], labels: Int64[Tensor, "n"]) -> tuple[Int64[
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     least, greatest = z.new_full((len(z),), math.inf), z.new_full((len(z),), -math.inf)
     positive, negative = torch.full_like(labels, -1), torch.full_like(labels, -1)
-    for i, j, products, spare in _tiles(z, z, skip=()):
+    height, width = _sides(z, z)
+    rows, columns = _spans(len(z), height), _spans(len(z), width)
+    for r, c, products, spare in _tiles(z, z, skip=()):
+        i, j = rows[r], columns[c]
         same = labels[i, None] == labels[j]
         value, at = spare.copy_(products).masked_fill_(same, -math.inf).max(1)
         negative[i] = torch.where(value > greatest[i], at + j.start, negative[i])
         greatest[i] = torch.maximum(value, greatest[i])
         products.masked_fill_(~same, math.inf)
-        if i == j:
-            products.fill_diagonal_(math.inf)
+        own = i.start - j.start
+        if -len(products) < own < products.shape[1]:
+            products.diagonal(own).fill_(math.inf)
         value, at = products.min(1)
         positive[i] = torch.where(value < least[i], at + j.start, positive[i])
         least[i] = torch.minimum(value, least[i])
@@ -91,7 +97,10 @@ def nearest(
     """For each row of x the row of y with the greatest product, and for each row of y that of x; 0 where all skip."""
     of_x, of_y = (torch.zeros(len(rows), dtype=torch.long, device=x.device) for rows in (x, y))
     best_x, best_y = x.new_full((len(x),), -math.inf), x.new_full((len(y),), -math.inf)
-    for i, j, products, _ in _tiles(x, y, skip):
+    height, width = _sides(x, y)
+    rows, columns = _spans(len(x), height), _spans(len(y), width)
+    for r, c, products, _ in _tiles(x, y, skip):
+        i, j = rows[r], columns[c]
         for best, of, dim, own, other in ((best_x, of_x, 1, i, j), (best_y, of_y, 0, j, i)):
             value, at = products.max(dim)
             of[own] = torch.where(value > best[own], at + other.start, of[own])
@@ -105,19 +114,27 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor | None, skip: Sequence[int], bound: float, both: bool):
         ctx.skip, ctx.safe = skip, bound <= SAFE
-        rows = x.new_full((len(x),), -math.inf)
-        columns = None if not both else rows if y is None else x.new_full((len(y),), -math.inf)
-        table = len(x), len(x if y is None else y)
+        mirrored = y is None
+        empty = 0.0 if ctx.safe else -math.inf  # safe sums are sums until they are whole, others logarithms all along
+        rows = x.new_full((len(x),), empty)
+        columns = None if not both else rows if mirrored else x.new_full((len(y),), empty)
+        height, width = _sides(x, y)
+        across, down = rows.split(height), None if columns is None else columns.split(width)
+        table = len(x), len(x if mirrored else y)
         kept = None
         for i, j, logits, spare in _powers(x, y, skip, ctx.safe):
-            rows[i] = torch.logaddexp2(rows[i], _log_sum(logits, 1, ctx.safe, spare))
-            if columns is not None and not (y is None and i == j):
-                columns[j] = torch.logaddexp2(columns[j], _log_sum(logits, 0, ctx.safe, spare))
+            _accumulate(across[i], logits, 1, ctx.safe, spare)
+            if down is not None and not (mirrored and i == j):
+                _accumulate(down[j], logits, 0, ctx.safe, spare)
             # A table no larger than the embeddings need not be made twice.
-            if logits.shape == table and logits.numel() <= x.numel() + (0 if y is None else y.numel()):
+            if logits.shape == table and logits.numel() <= x.numel() + (0 if mirrored else y.numel()):
                 kept = logits
+        if ctx.safe:
+            rows.log2_()
+            if columns is not None and not mirrored:
+                columns.log2_()
         ctx.save_for_backward(x, y, rows, columns, kept)
-        return rows / LOG2E, columns / LOG2E if columns is not None and y is not None else None
+        return rows / LOG2E, columns / LOG2E if columns is not None and not mirrored else None
 
     @staticmethod
     @once_differentiable
@@ -126,7 +143,7 @@ class _LogSumExp(torch.autograd.Function):
         if kept is None:
             tiles = _powers(x, y, ctx.skip, ctx.safe)
         else:
-            tiles = iter([(slice(0, kept.shape[0]), slice(0, kept.shape[1]), kept.clone(), torch.empty_like(kept))])
+            tiles = iter([(0, 0, kept.clone(), torch.empty_like(kept))])
         mirrored = y is None
         if mirrored:
             y, to_columns = x, to_rows
@@ -139,19 +156,22 @@ class _LogSumExp(torch.autograd.Function):
         if columns is not None:
             columns = columns.masked_fill(columns == -math.inf, 0)
             to_columns = to_columns * torch.exp2(-columns) if ctx.safe else to_columns
+        height, width = _sides(x, None if mirrored else y)
+        row, to_row, of_x, into_x = (_blocks(of, height) for of in (rows[:, None], to_rows[:, None], x, to_x))
+        column, to_column, of_y, into_y = (_blocks(of, width) for of in (columns, to_columns, y, to_y))
         for i, j, logits, spare in tiles:
-            if ctx.safe and columns is None:
-                weights = logits.mul_(to_rows[i, None])
+            if ctx.safe and column is None:
+                weights = logits.mul_(to_row[i])
             elif ctx.safe:
-                weights = logits.mul_(torch.add(to_rows[i, None], to_columns[j], out=spare))
+                weights = logits.mul_(torch.add(to_row[i], to_column[j], out=spare))
             else:
-                weights = torch.sub(logits, rows[i, None], out=spare).exp2_().mul_(to_rows[i, None])
-                if columns is not None:
-                    weights.add_(logits.sub_(columns[j]).exp2_().mul_(to_columns[j]))
-            if to_x is not None:
-                to_x[i].addmm_(weights, y[j])
-            if to_y is not None and not (mirrored and i == j):
-                to_y[j].addmm_(weights.T, x[i])
+                weights = torch.sub(logits, row[i], out=spare).exp2_().mul_(to_row[i])
+                if column is not None:
+                    weights.add_(logits.sub_(column[j]).exp2_().mul_(to_column[j]))
+            if into_x is not None:
+                into_x[i].addmm_(weights, of_y[j])
+            if into_y is not None and not (mirrored and i == j):
+                into_y[j].addmm_(weights.T, of_x[i])
         return to_x, None if mirrored else to_y, None, None, None
 
 
@@ -165,6 +185,8 @@ class _SoftplusSum(torch.autograd.Function):
             for of, needed in zip((x, y, bias), ctx.needs_input_grad[:3], strict=True)
         )
         total, top = x.new_zeros(()), SAFE * LOG2E
+        height, width = _sides(x, y)
+        of_x, into_x, of_y, into_y = _blocks(x, height), _blocks(to_x, height), _blocks(y, width), _blocks(to_y, width)
         for i, j, logits, spare in _tiles(x, y, skip, factor=LOG2E):
             logits.add_(bias * LOG2E)
             if bound > SAFE:  # from here on log(1 + e^s) is s to the last bit
@@ -174,10 +196,10 @@ class _SoftplusSum(torch.autograd.Function):
             total += torch.log1p(powers, out=spare).sum()
             if gradients:
                 weights = powers.div_(torch.add(powers, 1, out=spare))
-                if to_x is not None:
-                    to_x[i].addmm_(weights, y[j])
-                if to_y is not None:
-                    to_y[j].addmm_(weights.T, x[i])
+                if into_x is not None:
+                    into_x[i].addmm_(weights, of_y[j])
+                if into_y is not None:
+                    into_y[j].addmm_(weights.T, of_x[i])
                 if to_bias is not None:
                     to_bias += weights.sum()
         ctx.save_for_backward(to_x, to_y, to_bias)
@@ -197,45 +219,67 @@ def _powers(x: Tensor, y: Tensor | None, skip: Sequence[int], safe: bool) -> Ite
         yield tile
 
 
-def _log_sum(logits: Tensor, dim: int, safe: bool, spare: Tensor) -> Tensor:
-    """log2 of the sum along `dim` of 2^logits, or of what is 2^logits already if `safe`."""
+def _accumulate(total: Float[Tensor, "k"], logits: Tensor, dim: int, safe: bool, spare: Tensor) -> None:
+    """Adds to the sums along `dim` of 2^logits: to log2 of them or, if `safe`, to themselves, and powers they are."""
     if safe:
-        return logits.sum(dim).log2_()
+        total.add_(logits.sum(dim))
+        return
     top = logits.amax(dim, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # −∞ − −∞ would not be a number
-    return torch.sub(logits, top, out=spare).exp2_().sum(dim).log2_().add_(top.squeeze(dim))
+    found = torch.sub(logits, top, out=spare).exp2_().sum(dim).log2_().add_(top.squeeze(dim))
+    torch.logaddexp2(total, found, out=total)
 
 
 def _tiles(
     x: Float[Tensor, "n d"], y: Float[Tensor, "m d"] | None, skip: Sequence[int], factor: float = 1.0
 ) -> Iterator[Tile]:
-    """Rows i, columns j, their products times `factor` (−∞ on the diagonals `skip`), and as much room to calculate.
+    """Each block of rows with each of columns: products times `factor` (−∞ on the diagonals `skip`), and as much room.
 
     Without y only the tiles on and above the main diagonal. Both tensors are overwritten by the next tile.
     """
-    mirrored, y = y is None, x if y is None else y
-    n, m = len(x), len(y)
-    height, width = _even(n, x.device), _even(m, x.device)
-    tile, spare = x.new_empty(height * width), x.new_empty(height * width)
-    for top in range(0, n, height):
-        i = slice(top, min(top + height, n))
-        rows = x[i] * factor
-        for left in range(top if mirrored else 0, m, width):
-            j = slice(left, min(left + width, m))
-            h, w = i.stop - i.start, j.stop - j.start
-            products = torch.mm(rows, y[j].T, out=tile[: h * w].view(h, w))
+    mirrored, (height, width) = y is None, _sides(x, y)
+    y = x if mirrored else y
+    if not len(x) or not len(y):
+        return
+    space = x.new_empty(2, height * width)
+
+    @cache  # of at most four shapes
+    def room(h: int, w: int) -> tuple[Tensor, Tensor]:
+        tile, spare = space[:, : h * w].view(2, h, w)
+        return tile, spare
+
+    down = [columns.T for columns in y.split(width)]
+    for i, rows in enumerate(x.split(height)):
+        for j in range(i if mirrored else 0, len(down)):
+            tile, spare = room(len(rows), down[j].shape[1])
+            tile.addmm_(rows, down[j], beta=0, alpha=factor)
             for diagonal in skip:
-                shift = diagonal + top - left
-                if -h < shift < w:
-                    products.diagonal(shift).fill_(-math.inf)
-            yield i, j, products, spare[: h * w].view(h, w)
+                shift = diagonal + i * height - j * width
+                if -len(rows) < shift < tile.shape[1]:
+                    tile.diagonal(shift).fill_(-math.inf)
+            yield i, j, tile, spare
 
 
-def _even(n: int, device: torch.device) -> int:
-    """The side of the fewest tiles of about equal size that cover n rows."""
-    largest = _side(device)
+def _blocks(x: Tensor | None, side: int) -> Sequence[Tensor] | None:
+    """The rows of x, if there is one, a tile's side at a time. Made once: a view costs as much as a small operation."""
+    return None if x is None else x.split(side)
+
+
+def _spans(n: int, side: int) -> list[slice]:
+    return [slice(top, min(top + side, n)) for top in range(0, n, side)]
+
+
+def _sides(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"] | None) -> tuple[int, int]:
+    """Height and width of the fewest tiles of about equal size: square if x meets itself, otherwise upright."""
+    largest = _side(x.device)
+    if y is None:
+        return (_even(len(x), largest),) * 2
+    return _even(len(x), 2 * largest), _even(len(y), -(-largest // 2))
+
+
+def _even(n: int, largest: int) -> int:
     return -(-n // -(-n // largest)) if n else 1
 
 
 def _side(device: torch.device) -> int:
-    """A tile of 512² floats is 1 MiB, the size of a CPU core's cache; a GPU wants work for all its cores."""
-    return 512 if device.type == "cpu" else 8192
+    """A tile of 1024² floats is 4 MiB, about what a CPU's cores have of cache; a GPU wants work for all its cores."""
+    return 1024 if device.type == "cpu" else 8192
