@@ -297,7 +297,8 @@ def test_a_damaged_store_is_made_again_from_the_vectors(photos, bundle, out, dam
     Index.build(open_source(photos), bundle, out)
     folder = out / "chroma" / "0001"
     if damage == "items lost":
-        store = module._chroma(out, Index.open(out, exact=True).head, write=True)
+        head = module.read_head(out)
+        store = module.open_store(out, head, head.spaces[0], write=True)
         store.delete(["red/1.png"])
         store.close()
         opened = Index.open(out)

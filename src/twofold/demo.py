@@ -69,7 +69,7 @@ def demo(out: Path, *, quiet: bool = False) -> dict[str, Any]:
     console.print(recall_table(recall))
 
     _heading(console, 5, "Index", "every emoji that a terminal can print, in an embedded Chroma")
-    built = Index.build(printable(emoji), aligned.bundle, out / "index", existing="prune")
+    built = Index.build(printable(emoji), aligned.bundle, out / "index", existing="prune", texts="none")
     console.print(f"  {built.items:,} items in {out / 'index'}", highlight=False)
 
     _heading(console, 6, "Search", "scores are cosines: an order, not a probability")

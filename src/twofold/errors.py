@@ -40,6 +40,10 @@ class BundleError(TwofoldError):
     """A bundle or model that is missing, incomplete or damaged."""
 
 
+class EmbedderError(TwofoldError):
+    """A text embedder elsewhere that does not answer, or refuses to."""
+
+
 class StoreError(TwofoldError):
     """An index that is missing, locked or damaged."""
 

@@ -143,12 +143,14 @@ def arrow(way: str) -> str:
 def hits_table(hits: Iterable[Hit]) -> Table:
     made = Table(box=None, padding=(0, 2), pad_edge=True)
     hits = list(hits)
-    sure = any(hit.probability is not None for hit in hits)
-    for column in ("probability", "score", "id", "what") if sure else ("score", "id", "what"):
+    sure, placed = any(hit.probability is not None for hit in hits), any(hit.spaces for hit in hits)
+    columns = ["probability"] * sure + ["score"] + ["found by"] * placed + ["id", "what"]
+    for column in columns:
         made.add_column(column, justify="right" if column in ("score", "probability") else "left")
     for hit in hits:
         promised = [] if not sure or hit.probability is None else [percent(hit.probability)]
-        made.add_row(*promised, f"{hit.score:.3f}", hit.id, described(hit))
+        places = [" · ".join(f"{place.space} {place.rank}" for place in hit.spaces)] if placed else []
+        made.add_row(*promised, f"{hit.score:.3f}", *places, hit.id, described(hit))
     return made
 
 
@@ -159,7 +161,8 @@ def percent(p: float) -> str:
 
 def described(hit: Hit) -> str:
     """An item in words: its emoji if it is one, then its first text, file or label."""
-    words = hit.meta.get("text") or hit.meta.get("image") or hit.meta.get("label") or ""
+    nearest = next((place.text for place in hit.spaces if place.text), None)
+    words = nearest or hit.meta.get("text") or hit.meta.get("image") or hit.meta.get("label") or ""
     return f"{hit.meta.get('emoji', '')} {words}".strip()
 
 

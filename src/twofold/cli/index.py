@@ -1,6 +1,7 @@
 """`twofold index`."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +21,7 @@ def index(
     model: Annotated[Path | None, arg(metavar="MODEL")] = None,
     out: Folder | None = None,
     existing: Literal["keep", "prune", "replace"] = "keep",
+    texts: Annotated[str | None, arg(metavar="EMBEDDER")] = None,
     on_error: OnError = "skip",
     check: Made = None,
     repair: Made = None,
@@ -42,6 +44,8 @@ def index(
         model: a bundle, or the folder of a run
         out: the index's folder
         existing: items that the index has and the source has not: keep or prune them; replace begins anew
+        texts: what embeds the items' texts into a space of their own: minilm, hf:/folder, gemini, gemini:1536 (asks
+            Google and costs money), or none; an index goes on as it is, a new one takes minilm if there are texts
         on_error: what to do with a picture that cannot be read
         check: hold the parts of this index against each other; changes nothing
         repair: mend this index: embed what is lost again, drop what is gone, make its store anew
@@ -67,17 +71,36 @@ def index(
         raise UsageError("Three things are needed: `twofold index SOURCE --model MODEL --out INDEX`.")
     else:
         from twofold.retrieve.index import index
+        from twofold.retrieve.text_embedders import text_embedder
 
         with Line("embed", unit="items", quiet=json) as line:
-            built = index(source, model=model, out=out, existing=existing, on_error=on_error, progress=line.update)
+            built = index(
+                source,
+                model=model,
+                out=out,
+                existing=existing,
+                on_error=on_error,
+                texts=text_embedder(texts, say=_say) if texts not in (None, "none") else texts,
+                progress=line.update,
+            )
         if json:
             print_json(dataclasses.asdict(built))
             return
         print_skipped(built.skipped)
         print(
             f"  {built.items:,} items in {out}: {built.added:,} added, {built.changed:,} changed, "
-            f'{built.removed:,} removed, {built.embedded:,} embedded\n  next: twofold search {out} "a red heart"'
+            f"{built.removed:,} removed, {built.embedded:,} embedded\n"
+            + (
+                f"  {built.texts:,} texts in a space of their own, {built.texts_embedded:,} embedded\n"
+                if built.texts
+                else ""
+            )
+            + f'  next: twofold search {out} "a red heart"'
         )
+
+
+def _say(words: str) -> None:
+    print(f"  {words}", file=sys.stderr)
 
 
 def _check(path: Path, json: bool) -> None:

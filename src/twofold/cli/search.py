@@ -3,7 +3,7 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
@@ -29,6 +29,8 @@ def search(
     k: int = 10,
     offset: int = 0,
     spread: float = 0.0,
+    distinct: float | None = None,
+    via: Literal["both", "items", "texts"] = "both",
     where: tuple[str, ...] = (),
     queries: Annotated[Path | None, arg(metavar="FILE")] = None,
     out: Annotated[Path | None, arg(metavar="FILE")] = None,
@@ -55,6 +57,8 @@ def search(
         k: how many
         offset: how many to pass over first
         spread: how much the hits shall differ from each other, 0..1
+        distinct: leave out hits whose cosine with a better one is at least this, 1 for what is the same
+        via: which spaces words are asked in, where the index has one of its texts, too
         where: only items whose metadata are so: column=value
         queries: many searches: a .txt with one a line, or a table (.csv, .jsonl) with columns named like the flags
         out: where the answers to --queries go, .csv or .jsonl; standard output if nothing is said
@@ -70,6 +74,7 @@ def search(
     from twofold.retrieve.store import parse_where
 
     named = {"minus": minus, "weight": weight, "k": k, "offset": offset, "spread": spread, "where": parse_where(where)}
+    named |= {"distinct": distinct, "via": via}
     one = text is not None or image is not None or bool(like)
     if queries is not None:
         if one or unlike or explain:

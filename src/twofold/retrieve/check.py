@@ -11,8 +11,18 @@ from twofold.data.sources import open_source
 from twofold.data.vectors import Vectors
 from twofold.errors import StoreError, TwofoldError
 from twofold.models.bundle import Bundle
-from twofold.retrieve.index import CHUNK, Head, Index, Item, Progress, read_head, read_items
-from twofold.retrieve.store import ChromaStore
+from twofold.retrieve.index import (
+    CHUNK,
+    Head,
+    Index,
+    Progress,
+    open_store,
+    read_head,
+    read_items,
+    rows_of,
+    store_folder,
+)
+from twofold.retrieve.spaces import Row, Space
 
 What = Literal[
     "model", "list", "files", "lost", "broken", "gone", "store", "missing", "extra", "vector", "columns", "unfound"
@@ -26,6 +36,7 @@ class Finding(NamedTuple):
     what: What
     ids: list[str]
     said: str
+    space: str = "items"  # or "texts"
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class Checked:
         return not self.findings
 
     def as_json(self) -> dict[str, Any]:
-        rows = [{"what": one.what, "count": len(one.ids), "ids": one.ids, "said": one.said} for one in self.findings]
+        rows = [one._asdict() | {"count": len(one.ids)} for one in self.findings]
         return asdict(self) | {"path": str(self.path), "whole": self.whole, "findings": rows}
 
 
@@ -74,15 +85,23 @@ def check(path: str | Path, *, tried: int = 1000) -> Checked:
     except StoreError as error:
         findings.append(Finding("list", [f"items/{head.snapshot}.jsonl"], str(error)))
         return Checked(path, 0, len(vectors), head.dim, head.fingerprint, findings)
-    broken = set(vectors.broken([item.key for item in items.values()]))
-    findings += _found("lost", [n for n, i in items.items() if i.key not in vectors], "items have no vector")
-    findings += _found(
-        "broken", [n for n, i in items.items() if i.key in broken], "items have a vector without direction"
-    )
     gone = [name for name, item in items.items() if any(_is_gone(item.meta.get(column)) for column in columns)]
     findings += _found("gone", gone, "items name a file that is no longer there")
-    sound = {name: item for name, item in items.items() if item.key in vectors and item.key not in broken}
-    findings += _store(path, head, items, sound, vectors, tried)
+    for space in head.spaces:
+        rows, them = rows_of(space, items), space.name
+        own = Vectors(path / "vectors", space.fingerprint, space.dim, aside=False)
+        if space.name != "items":
+            findings += _found("files", own.damaged, "files of vectors are damaged; what only they hold is lost", them)
+        broken = set(own.broken([row.key for row in rows.values()]))
+        findings += _found("lost", [n for n, row in rows.items() if row.key not in own], f"{them} have no vector", them)
+        findings += _found(
+            "broken",
+            [n for n, row in rows.items() if row.key in broken],
+            f"{them} have a vector without direction",
+            them,
+        )
+        sound = {name: row for name, row in rows.items() if row.key in own and row.key not in broken}
+        findings += _store(path, head, space, rows, sound, own, tried)
     return Checked(path, len(items), len(vectors), head.dim, head.fingerprint, findings)
 
 
@@ -93,7 +112,7 @@ def repair(path: str | Path, *, progress: Progress | None = None) -> Repaired:
     dropped or changed, since a disk may just not be mounted.
     """
     before = check(path)
-    path, found = before.path, {one.what: one.ids for one in before.findings}
+    path, found = before.path, {one.what: one.ids for one in before.findings if one.space == "items"}
     if before.whole:
         return Repaired(before, 0, [], before)
     head = read_head(path)
@@ -119,9 +138,9 @@ def repair(path: str | Path, *, progress: Progress | None = None) -> Repaired:
     return Repaired(before, len(again), dropped, check(path))
 
 
-def _found(what: What, ids: Iterable[str], said: str) -> list[Finding]:
+def _found(what: What, ids: Iterable[str], said: str, space: str = "items") -> list[Finding]:
     ids = sorted(ids)
-    return [Finding(what, ids, said)] if ids else []
+    return [Finding(what, ids, said, space)] if ids else []
 
 
 def _model(path: Path, head: Head) -> tuple[set[str], list[Finding]]:
@@ -144,13 +163,14 @@ def _is_gone(named: object) -> bool:
 
 
 def _store(
-    path: Path, head: Head, items: dict[str, Item], sound: dict[str, Item], vectors: Vectors, tried: int
+    path: Path, head: Head, space: Space, rows: dict[str, Row], sound: dict[str, Row], vectors: Vectors, tried: int
 ) -> list[Finding]:
-    """What the store lacks, has too much, or holds otherwise than the list and the vectors say."""
+    """What a space's store lacks, has too much, or holds otherwise than the list and the vectors say."""
+    folder, them = store_folder(path, head, space), space.name
     try:
-        store = ChromaStore(path / "chroma" / head.snapshot, fingerprint=head.fingerprint, dim=head.dim)
+        store = open_store(path, head, space)
     except StoreError as error:
-        return [Finding("store", [f"chroma/{head.snapshot}"], str(error))]
+        return [Finding("store", [f"chroma/{folder.name}"], str(error), them)]
     try:
         held = set(store.ids())
         both = [name for name in sound if name in held]
@@ -169,13 +189,13 @@ def _store(
             if not hits or hits[0].score < 1 - 1e-4:
                 unfound.append(name)
     except StoreError as error:
-        return [Finding("store", [f"chroma/{head.snapshot}"], str(error))]
+        return [Finding("store", [f"chroma/{folder.name}"], str(error), them)]
     finally:
         store.close()
     return [
-        *_found("missing", items.keys() - held, "items are not in the store"),
-        *_found("extra", held - items.keys(), "items of the store are not in the list"),
-        *_found("vector", other, "items have another vector in the store"),
-        *_found("columns", unlike, "items have other columns in the store"),
-        *_found("unfound", set(unfound) - set(other), f"of {len(some)} items tried are not found by their own vector"),
+        *_found("missing", rows.keys() - held, f"{them} are not in the store", them),
+        *_found("extra", held - rows.keys(), f"{them} of the store are not in the list", them),
+        *_found("vector", other, f"{them} have another vector in the store", them),
+        *_found("columns", unlike, f"{them} have other columns in the store", them),
+        *_found("unfound", set(unfound) - set(other), f"of {len(some)} tried are not found by their own vector", them),
     ]

@@ -3,8 +3,10 @@
     index.json        which encoder, modality and snapshot; replaced as a whole, so a reader sees one state or the next
     model/            the bundle, so that the folder works on another machine
     vectors/          every vector made so far, by content: the truth, and why nothing is embedded twice
-    items/0002.jsonl  what a snapshot holds: id, content key and metadata of each item
+    items/0002.jsonl  what a snapshot holds: id, content key, metadata and texts of each item
     chroma/0002/      the same as a Chroma store; made from the two above, and made again where it is damaged
+    chroma/0002-texts/  the items' texts as another one, where a text embedder has a space of its own (see `spaces`)
+    fusion.json       how the answers of the two become one, where that was fitted
     thumbs/           small pictures: of items whose source holds their pictures (a table, arrays) from the build on, of
                       files when they are first asked for
 
@@ -31,18 +33,22 @@ from jaxtyping import Float
 
 from twofold.data.atomic import write_atomically
 from twofold.data.decode import OnError, Skipped, skip_report, thumbnail
-from twofold.data.sources import Modality, Source, open_source
+from twofold.data.sources import Modality, Source, content_key, open_source
 from twofold.data.vectors import Vectors
 from twofold.errors import DataError, DecodeError, FingerprintMismatch, StoreError, UsageError, unknown
 from twofold.measure.embed import embed
 from twofold.models.bundle import Bundle, kept_meta
+from twofold.models.encoders import TextEncoder, fingerprint
 from twofold.retrieve.layout import layout
 from twofold.retrieve.retriever import Picture, Retriever
+from twofold.retrieve.spaces import Row, Space, TextSpace, text_rows, texts_of
 from twofold.retrieve.store import ChromaStore, Claim, ExactStore, Hit, Scalar, Store, Where, scalars
+from twofold.retrieve.text_embedders import LocalEmbedder, TextEmbedder, text_embedder
 
 THUMBNAIL = 320  # pixels of the longer side
 CHUNK = 8192  # items whose vectors are in memory at once
 ENTRIES = {"index.json", "model", "vectors", "items", "chroma", "thumbs", "feedback.jsonl", "map", "twofold.lock"}
+ENTRIES |= {"fusion.json"}
 
 Existing = Literal["keep", "prune", "replace"]
 Progress = Callable[[int, int], None]
@@ -60,13 +66,20 @@ class Head:
     source: str  # what the index was made from, for messages
     built: str  # when the snapshot was made
     format: int = 1
+    texts: Space | None = None  # of the items' texts, where there is one
+
+    @property
+    def spaces(self) -> list[Space]:
+        own = Space("items", self.fingerprint, self.dim)
+        return [own] if self.texts is None else [own, self.texts]
 
 
 class Item(NamedTuple):
-    """What an index knows of an item, besides the vector that `key` names."""
+    """What an index knows of an item, besides the vector that `key` names. `texts` are those of the space of texts."""
 
     key: str
     meta: dict[str, Scalar]
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,14 +93,16 @@ class Built:
     removed: int
     absent: int  # in the index, and not in the source
     skipped: list[Skipped]
+    texts: int = 0  # in the space of texts now
+    texts_embedded: int = 0
 
 
 class Index:
     """An index opened for searching; `Index.build` makes one or brings it up to date."""
 
-    def __init__(self, path: Path, head: Head, bundle: Bundle, store: Store):
+    def __init__(self, path: Path, head: Head, bundle: Bundle, store: Store, texts: TextSpace | None = None):
         self.path, self.head, self.bundle, self.store = path, head, bundle, store
-        self.retriever = Retriever(bundle, store)
+        self.retriever = Retriever(bundle, store, texts=texts)
         self.search = self.retriever.search
 
     @classmethod
@@ -103,7 +118,7 @@ class Index:
             if bundle.tower_fingerprint(head.modality) != head.fingerprint:
                 raise _mismatch(path, head, bundle, "MODEL" if isinstance(model, Bundle | None) else str(model))
             try:
-                return cls(path, head, bundle, _exact(path, head) if exact else _chroma(path, head))
+                return _opened(path, head, bundle, exact=exact)
             except StoreError as error:
                 if (now := read_head(path)) == head:
                     raise StoreError(
@@ -147,8 +162,10 @@ class Index:
         return sorted(lost)
 
     def close(self) -> None:
-        """Let go of the store, so that a later build may sweep its snapshot away."""
+        """Let go of the stores, so that a later build may sweep its snapshot away."""
         self.store.close()
+        if self.retriever.texts is not None:
+            self.retriever.texts.close()
 
     @staticmethod
     def build(
@@ -159,6 +176,7 @@ class Index:
         modality: Modality | None = None,
         on_error: OnError = "skip",
         existing: Existing = "keep",
+        texts: str | TextEmbedder | None = None,
         progress: Progress | None = None,
     ) -> Built:
         """Make the index `out` of a source, or bring it up to date; only new contents are embedded.
@@ -166,7 +184,10 @@ class Index:
         `existing` says what becomes of items that the index has and the source has not: they stay ("keep") or go
         ("prune"). "replace" begins anew, which is the only way to another model. Items are found by their picture, or
         by their texts where the source has no pictures or `modality` says so. After a kill, run it again: it goes on.
-        `progress(done, total)` counts the contents to embed.
+        `progress(done, total)` counts the contents to embed, and then the texts.
+
+        `texts` embeds the items' texts into a space of their own, which answers words, too: a text embedder or its
+        name, or "none". Without it, an index goes on as it is, and a new one takes "minilm" if its source has texts.
         """
         out = Path(out)
         if existing not in ("keep", "prune", "replace"):
@@ -182,7 +203,9 @@ class Index:
                     )
                 if was.fingerprint != head.fingerprint:
                     raise _mismatch(out, was, bundle, "MODEL")
-            old = read_items(out, was) if was and existing != "replace" else {}
+            kept = was if existing != "replace" else None
+            embedder = _embedder(out, texts, kept, source)
+            old = read_items(out, kept) if kept else {}
             vectors = Vectors(out / "vectors", head.fingerprint, head.dim)
             before = len(vectors)
             found, skipped = _embedded(source, bundle, modality, vectors, on_error, progress)
@@ -193,10 +216,18 @@ class Index:
             new = absent | found
             if not new:
                 raise DataError(f"{source.name} gives nothing to search in. {skip_report(skipped, len(source))}")
-            if was and new == old and _healthy(out, was, old):
+            made = 0
+            if embedder is None:
+                new = {name: item._replace(texts=()) for name, item in new.items()}
+            else:
+                texts_of_source = {source.ids[i]: texts_of(source, i) for i in range(len(source))}
+                new = {name: item._replace(texts=texts_of_source.get(name, item.texts)) for name, item in new.items()}
+                made = _embed_texts(out, embedder, new, progress)
+                head = replace(head, texts=_text_space(embedder, new))
+            if was and new == old and head.texts == was.texts and _healthy(out, was, old):
                 head = replace(head, snapshot=was.snapshot, built=was.built)
             else:
-                _write_snapshot(out, head, new, vectors, was, old)
+                _write_snapshot(out, head, new, was, old)
             _keep_thumbnails(out, source, found, old)
             _publish(out, head, bundle, was)
         return Built(
@@ -207,6 +238,8 @@ class Index:
             removed=len(old.keys() - new.keys()),
             absent=len(absent),
             skipped=skipped,
+            texts=head.texts.rows if head.texts else 0,
+            texts_embedded=made,
         )
 
     @staticmethod
@@ -244,7 +277,13 @@ class Index:
             if not items:
                 raise StoreError(f"Nothing of {path} would be left. Delete it, or bring back {head.source}.")
             new = replace(head, snapshot=_next_snapshot(head), built=_now())
-            _write_snapshot(path, new, items, vectors, None, {})
+            if head.texts is not None:
+                kept_texts = Vectors(path / "vectors", head.texts.fingerprint, head.texts.dim)
+                kept_texts.drop(kept_texts.broken([content_key(text) for text in _all_texts(items)]))
+                if kept_texts.missing([content_key(text) for text in _all_texts(items)]):
+                    _embed_texts(path, _embedder(path, None, head, None), items, progress)
+                new = replace(new, texts=replace(head.texts, rows=sum(len(item.texts) for item in items.values())))
+            _write_snapshot(path, new, items, None, {})
             _publish(path, new, None, head)
         return sorted(held.keys() - items.keys())
 
@@ -256,12 +295,13 @@ def index(
     out: str | Path,
     on_error: OnError = "skip",
     existing: Existing = "keep",
+    texts: str | TextEmbedder | None = None,
     progress: Progress | None = None,
 ) -> Built:
     """Make a folder searchable, or bring its index up to date: `Index.build` by the names of things."""
     opened = source if isinstance(source, Source) else open_source(source)
     bundle = model if isinstance(model, Bundle) else Bundle.load(Path(model))
-    return Index.build(opened, bundle, out, on_error=on_error, existing=existing, progress=progress)
+    return Index.build(opened, bundle, out, on_error=on_error, existing=existing, texts=texts, progress=progress)
 
 
 def search(
@@ -365,6 +405,53 @@ def _keep_thumbnails(path: Path, source: Source, found: dict[str, Item], old: di
             keep_thumbnail(place, thumbnail(image, THUMBNAIL, name=name))
 
 
+# -- Texts ------------------------------------------------------------------------------------------------------------
+
+
+def _embedder(
+    path: Path, texts: str | TextEmbedder | None, was: Head | None, source: Source | None
+) -> TextEmbedder | None:
+    """The embedder of the items' texts, if they are to have one; it must be the one that they have."""
+    held = was.texts if was else None
+    if texts is None and was is not None:
+        texts = held.embedder if held else "none"
+    if texts is None:
+        texts = "minilm" if source is not None and "text" in source.modalities.values() else "none"
+    if texts == "none":
+        return None
+    embedder = text_embedder(texts) if isinstance(texts, str) else texts
+    if held is not None and held.fingerprint != embedder.fingerprint:
+        raise FingerprintMismatch(
+            f"The texts of {path} were embedded by {held.embedder} ({held.fingerprint}), not by {embedder.name} "
+            f"({embedder.fingerprint}); a score between the two would mean nothing. Run `twofold index` with "
+            f"--texts none, which drops them and nothing else, then with --texts {embedder.name}."
+        )
+    return embedder
+
+
+def _all_texts(items: dict[str, Item]) -> list[str]:
+    return list(dict.fromkeys(text for item in items.values() for text in item.texts))
+
+
+def _text_space(embedder: TextEmbedder, items: dict[str, Item]) -> Space:
+    rows = sum(len(item.texts) for item in items.values())
+    return Space("texts", embedder.fingerprint, embedder.dim, rows, embedder.name)
+
+
+def _embed_texts(path: Path, embedder: TextEmbedder | None, items: dict[str, Item], progress: Progress | None) -> int:
+    """Vectors of every text of the items; how many were made."""
+    assert embedder is not None
+    texts = _all_texts(items)
+    keys = [content_key(text) for text in texts]
+    vectors = Vectors(path / "vectors", embedder.fingerprint, embedder.dim)
+    todo = vectors.missing(keys)
+    made = embedder.embed_documents([texts[at] for at in todo], progress=progress) if todo else np.empty(0)
+    for start in range(0, len(todo), CHUNK):
+        some = todo[start : start + CHUNK]
+        vectors.append([keys[at] for at in some], made[start : start + CHUNK])
+    return len(todo)
+
+
 # -- The folder -------------------------------------------------------------------------------------------------------
 
 
@@ -424,7 +511,8 @@ def _now() -> str:
 
 def read_head(path: Path) -> Head:
     try:
-        head = Head(**json.loads((path / "index.json").read_text()))
+        said = json.loads((path / "index.json").read_text())
+        head = Head(**{**said, "texts": Space(**said["texts"]) if said.get("texts") else None})
     except FileNotFoundError:
         raise StoreError(
             f"{path} is no index: it has no index.json. `twofold index SOURCE --model MODEL --out {path}` makes one."
@@ -450,7 +538,7 @@ def _lines(path: Path, head: Head) -> Iterator[tuple[str, Item]]:
     try:
         with open(file, encoding="utf-8") as lines:
             for row in map(json.loads, lines):
-                yield row["id"], Item(row["key"], row["meta"])
+                yield row["id"], Item(row["key"], row["meta"], tuple(row.get("texts", ())))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"{file} is missing or damaged ({error}). `twofold index {head.source} --model {path / 'model'} "
@@ -460,50 +548,97 @@ def _lines(path: Path, head: Head) -> Iterator[tuple[str, Item]]:
 
 def _write_items(path: Path, items: dict[str, Item]) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        for name, (key, meta) in items.items():
-            file.write(json.dumps({"id": name, "key": key, "meta": meta}, ensure_ascii=False) + "\n")
+        for name, (key, meta, texts) in items.items():
+            row = {"id": name, "key": key, "meta": meta} | ({"texts": texts} if texts else {})
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _chroma(path: Path, head: Head, *, write: bool = False) -> ChromaStore:
-    folder = path / "chroma" / head.snapshot
-    return ChromaStore(folder, fingerprint=head.fingerprint, dim=head.dim, write=write)
+def rows_of(space: Space, items: dict[str, Item]) -> dict[str, Row]:
+    """What the store of a space holds of these items."""
+    if space.name == "items":
+        return {name: Row(item.key, item.meta) for name, item in items.items()}
+    return {id: row for name, item in items.items() for id, row in text_rows(name, item.texts, item.meta).items()}
 
 
-def _exact(path: Path, head: Head) -> ExactStore:
-    items = read_items(path, head)
-    store = ExactStore(fingerprint=head.fingerprint, dim=head.dim)
-    vectors = Vectors(path / "vectors", head.fingerprint, head.dim)
-    store.upsert(list(items), vectors.get([i.key for i in items.values()]), [i.meta for i in items.values()])
+def store_folder(path: Path, head: Head, space: Space) -> Path:
+    return path / "chroma" / (head.snapshot if space.name == "items" else f"{head.snapshot}-{space.name}")
+
+
+def open_store(path: Path, head: Head, space: Space, *, write: bool = False) -> ChromaStore:
+    folder = store_folder(path, head, space)
+    return ChromaStore(folder, fingerprint=space.fingerprint, dim=space.dim, write=write)
+
+
+def _exact(path: Path, space: Space, items: dict[str, Item]) -> ExactStore:
+    rows = rows_of(space, items)
+    store = ExactStore(fingerprint=space.fingerprint, dim=space.dim)
+    vectors = Vectors(path / "vectors", space.fingerprint, space.dim)
+    store.upsert(list(rows), vectors.get([row.key for row in rows.values()]), [row.meta for row in rows.values()])
     return store
+
+
+def _opened(path: Path, head: Head, bundle: Bundle, *, exact: bool) -> Index:
+    """An index with the stores of its spaces."""
+    items = read_items(path, head) if exact else {}
+    with contextlib.ExitStack() as undo:
+        stores: list[Store] = []
+        for space in head.spaces:
+            stores.append(_exact(path, space, items) if exact else open_store(path, head, space))
+            undo.callback(stores[-1].close)
+        texts = None
+        if head.texts is not None:
+            texts = TextSpace(stores[1], lambda: _asked_by(head.texts, bundle), items=len(stores[0]))
+        opened = Index(path, head, bundle, stores[0], texts)
+        undo.pop_all()
+    return opened
+
+
+def _asked_by(space: Space | None, bundle: Bundle) -> TextEmbedder:
+    """The embedder of a space of texts; the bundle's own encoder where it is the same, so that it is in memory once."""
+    assert space is not None
+    for tower in bundle.towers.values():
+        if isinstance(tower.encoder, TextEncoder) and fingerprint(tower.encoder) == space.fingerprint:
+            return LocalEmbedder(space.embedder, tower.encoder)
+    return text_embedder(space.embedder)
 
 
 def _healthy(path: Path, head: Head, items: dict[str, Item]) -> bool:
     try:
-        with contextlib.closing(_chroma(path, head)) as store:
-            return store.ids() == sorted(items)
+        for space in head.spaces:
+            with contextlib.closing(open_store(path, head, space)) as store:
+                if store.ids() != sorted(rows_of(space, items)):
+                    return False
     except StoreError:
         return False
+    return True
 
 
-def _write_snapshot(
-    path: Path, head: Head, items: dict[str, Item], vectors: Vectors, was: Head | None, old: dict[str, Item]
-) -> None:
-    """Write the store and the list of `items`: what changed in a copy of the old store, or all in a new one."""
-    folder = path / "chroma" / head.snapshot
-    shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
+def _write_snapshot(path: Path, head: Head, items: dict[str, Item], was: Head | None, old: dict[str, Item]) -> None:
+    """Write the stores and the list of `items`: what changed in a copy of the old stores, or all in new ones."""
+    # Chroma only marks what is deleted or replaced; past a half, a new store is smaller and finds better.
     same = sum(old.get(name) == item for name, item in items.items())
-    try:
-        # Chroma only marks what is deleted or replaced; past a half, a new store is smaller and finds better.
-        if was is None or 2 * same < len(old):
-            old = {}
-        elif old:
-            _copy(path / "chroma" / was.snapshot, folder)
-        _fill(path, head, items, vectors, old)
-    except (StoreError, OSError, sqlite3.Error):
-        if not old:
-            raise
-        shutil.rmtree(folder, ignore_errors=True)  # a copy of something damaged
-        _fill(path, head, items, vectors, {})
+    if was is None or 2 * same < len(old):
+        old = {}
+    for space in head.spaces:
+        folder = store_folder(path, head, space)
+        shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
+        vectors = Vectors(path / "vectors", space.fingerprint, space.dim)
+        rows, held = rows_of(space, items), {}
+        if (
+            old
+            and was is not None
+            and any(one.fingerprint == space.fingerprint and one.name == space.name for one in was.spaces)
+        ):
+            held = rows_of(space, old)
+        try:
+            if held and was is not None:
+                _copy(store_folder(path, was, space), folder)
+            _fill(path, head, space, rows, vectors, held)
+        except (StoreError, OSError, sqlite3.Error):
+            if not held:
+                raise
+            shutil.rmtree(folder, ignore_errors=True)  # a copy of something damaged
+            _fill(path, head, space, rows, vectors, {})
     write_atomically(_items_file(path, head), lambda file: _write_items(file, items))
 
 
@@ -517,15 +652,15 @@ def _copy(store: Path, to: Path) -> None:
         database.backup(copy)
 
 
-def _fill(path: Path, head: Head, items: dict[str, Item], vectors: Vectors, old: dict[str, Item]) -> None:
-    with contextlib.closing(_chroma(path, head, write=True)) as store:
+def _fill(path: Path, head: Head, space: Space, rows: dict[str, Row], vectors: Vectors, old: dict[str, Row]) -> None:
+    with contextlib.closing(open_store(path, head, space, write=True)) as store:
         if store.ids() != sorted(old):
             raise StoreError(f"{store.path} does not hold the items that it should.")
-        store.delete([name for name in old if name not in items])
-        todo = [name for name, item in items.items() if old.get(name) != item]
+        store.delete([name for name in old if name not in rows])
+        todo = [name for name, row in rows.items() if old.get(name) != row]
         for start in range(0, len(todo), CHUNK):
             names = todo[start : start + CHUNK]
-            store.upsert(names, vectors.get([items[n].key for n in names]), [items[n].meta for n in names])
+            store.upsert(names, vectors.get([rows[n].key for n in names]), [rows[n].meta for n in names])
 
 
 def _publish(path: Path, head: Head, bundle: Bundle | None, was: Head | None) -> None:
@@ -535,15 +670,17 @@ def _publish(path: Path, head: Head, bundle: Bundle | None, was: Head | None) ->
     if head != was:
         text = json.dumps(asdict(head), indent=2) + "\n"
         write_atomically(path / "index.json", lambda file: file.write_text(text))
+    used = {store_folder(path, head, space) for space in head.spaces}
     for folder in (path / "chroma").iterdir():
-        if folder.name != head.snapshot:
+        if folder not in used:
             with contextlib.suppress(StoreError):  # somebody searches it: next time
                 claim = Claim(folder / "twofold.lock")
                 shutil.rmtree(folder)
                 claim.release()
                 (path / "items" / f"{folder.name}.jsonl").unlink(missing_ok=True)
+    prints = {space.fingerprint for space in head.spaces}
     for folder in (path / "vectors").iterdir():
-        if folder.name != head.fingerprint:
+        if folder.name not in prints:
             shutil.rmtree(folder)
 
 

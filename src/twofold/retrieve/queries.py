@@ -86,7 +86,8 @@ def answer(retriever: Retriever, query: Query, **otherwise: Any) -> Answered:
 
 def told(one: Answered) -> dict[str, Any]:
     """An answer as JSON values."""
-    return {"query": one.query, "hits": [hit._asdict() for hit in one.hits], "error": one.error}
+    hits = [hit._asdict() | {"spaces": [place._asdict() for place in hit.spaces]} for hit in one.hits]
+    return {"query": one.query, "hits": hits, "error": one.error}
 
 
 def write_answers(path: Path, answers: Iterable[Answered]) -> None:

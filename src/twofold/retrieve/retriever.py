@@ -1,22 +1,40 @@
 """Search with words, a picture, an item, or several of them together."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from twofold.errors import FingerprintMismatch, UsageError
+from twofold.errors import FingerprintMismatch, UsageError, unknown
 from twofold.measure.calibration import Calibration
 from twofold.measure.hubness import Remedy
 from twofold.models.bundle import Bundle
-from twofold.retrieve.store import Hit, Store, Where
+from twofold.retrieve.fusion import FUSION, Fusion
+from twofold.retrieve.spaces import TextSpace
+from twofold.retrieve.store import VIAS, Hit, Place, Store, Via, Where
 
 POOL = 200  # items nearest by cosine that a remedy orders anew, at least
 
 Picture = Path | str | bytes | np.ndarray | Image.Image
+
+
+class _Asked(NamedTuple):
+    """What is looked for, as `Retriever.search` takes it."""
+
+    text: str | None
+    image: Picture | None
+    like: tuple[str, ...]
+    unlike: tuple[str, ...]
+    minus: str | None
+    weight: float
+
+    @property
+    def only_words(self) -> bool:
+        return self.text is not None and self.image is None and not self.like and not self.unlike
 
 
 class Retriever:
@@ -26,16 +44,27 @@ class Retriever:
     probability, and `no_good_match` says whether the best of them is one. The remedy against hubs that was chosen with
     it orders them: `remedy=None` searches by plain cosines, another `Remedy` by that one. A calibration holds for the
     scores it was fitted on, so under another remedy there are no probabilities.
+
+    With `texts`, words are also compared with the items' texts, and `fusion` makes one answer of the two; it has
+    probabilities if the fusion is calibrated itself.
     """
 
-    def __init__(self, bundle: Bundle, store: Store, *, remedy: Remedy | Literal["kept"] | None = "kept"):
+    def __init__(
+        self,
+        bundle: Bundle,
+        store: Store,
+        *,
+        remedy: Remedy | Literal["kept"] | None = "kept",
+        texts: TextSpace | None = None,
+        fusion: Fusion = FUSION,
+    ):
         held = next((name for name in bundle.towers if store.fingerprint == bundle.tower_fingerprint(name)), None)
         if held is None:
             raise FingerprintMismatch(
                 f"The store holds vectors of encoder {store.fingerprint}, which is no tower of this bundle: "
                 "a score between the two would mean nothing. Use the bundle that filled the store."
             )
-        self.bundle, self.store = bundle, store
+        self.bundle, self.store, self.texts, self.fusion = bundle, store, texts, fusion
         calibration = Calibration.of(bundle, "text", held)
         kept = None if calibration is None else calibration.remedy
         self.remedy = kept if remedy == "kept" else remedy
@@ -53,7 +82,9 @@ class Retriever:
         k: int = 10,
         offset: int = 0,
         spread: float = 0.0,
+        distinct: float | None = None,
         where: Where | None = None,
+        via: Via = "both",
     ) -> list[Hit]:
         """The k items nearest to what is given, best first, after the first `offset`.
 
@@ -62,7 +93,11 @@ class Retriever:
         weighted sum of unit vectors, made unit again. `minus` leads away from some words; it and `unlike` count half.
 
         `spread` (0..1) makes the hits differ: each is the one with the most of (1 − spread) · score − spread · its
-        cosine with the nearest hit before it (maximal marginal relevance, Carbonell and Goldstein 1998).
+        cosine with the nearest hit before it (maximal marginal relevance, Carbonell and Goldstein 1998). `distinct`
+        leaves out a hit whose cosine with a better one is at least that: 1 what is the same, .95 what is much alike.
+
+        Words alone, and words away from others, are answered by the items' own space and by that of their texts, where
+        there is one: each hit's `spaces` says where it was found. `via` asks one of them only.
 
         Compare scores within one search only: words and pictures score at different heights. Calibration and remedy
         are for words alone; they hold for all of the store, also where `where` leaves a part of it.
@@ -73,17 +108,71 @@ class Retriever:
         for name, share in (("weight", weight), ("spread", spread)):
             if not 0 <= share <= 1:
                 raise UsageError(f"{name} is a share, 0..1; got {share}.")
-        vector = _unit(self._query(text, image, like, weight))
-        away = [self._words(minus)] if minus is not None else []
-        away += [_unit(self.store.vectors(unlike).sum(0))] if unlike else []
-        count = offset + k if not spread else max(POOL, 5 * (offset + k))
-        if text is not None and image is None and not like and not away:
-            hits = self._by_words(vector, count, where)
-        else:
-            examples = {*like, *unlike}
-            hits = self.store.query(_unit(vector - np.sum(away, axis=0) / 2), count + len(examples), where)
-            hits = [hit for hit in hits if hit.id not in examples]
+        if distinct is not None and not -1 <= distinct <= 1:
+            raise UsageError(f"distinct is a cosine, −1..1; got {distinct}.")
+        if via not in VIAS:
+            raise unknown("way to ask", via, VIAS)
+        asked = _Asked(text, image, like, unlike, minus, weight)
+        count = offset + k
+        if spread or distinct is not None:
+            count = max(POOL, 5 * count)
+        hits = self._answer(asked, count, where, via)
+        if distinct is not None:
+            hits = self._distinct(hits, distinct)
         return (self._spread(hits, spread, offset + k) if spread else hits)[offset : offset + k]
+
+    def _answer(self, asked: _Asked, count: int, where: Where | None, via: Via) -> list[Hit]:
+        """What the spaces that are to be asked find."""
+        if via == "texts" and self.texts is None:
+            raise UsageError("This index has no space of texts: `twofold index … --texts minilm` adds one.")
+        if via == "texts" and not asked.only_words:
+            raise UsageError("The space of texts answers words, without pictures and items beside them.")
+        if self.texts is None or via == "items" or not asked.only_words:
+            return self._by_items(asked, count, where)
+        if via == "texts" or "text" not in self.bundle.towers:  # a model of pictures alone: their texts answer
+            return self._by_texts(asked, count, where)
+        return self._fused(asked, count, where)
+
+    def _by_items(self, asked: _Asked, count: int, where: Where | None) -> list[Hit]:
+        vector = _unit(self._query(asked))
+        away = [self._words(asked.minus)] if asked.minus is not None else []
+        away += [_unit(self.store.vectors(asked.unlike).sum(0))] if asked.unlike else []
+        if asked.only_words and not away:
+            return self._by_words(vector, count, where)
+        examples = {*asked.like, *asked.unlike}
+        hits = self.store.query(_unit(vector - np.sum(away, axis=0) / 2), count + len(examples), where)
+        return [hit for hit in hits if hit.id not in examples]
+
+    def _by_texts(self, asked: _Asked, count: int, where: Where | None) -> list[Hit]:
+        assert self.texts is not None and asked.text is not None
+        found = self.texts.search(asked.text, count, where, minus=asked.minus)
+        return [
+            Hit(hit.id, hit.score, hit.meta, None, (Place("texts", rank, hit.score, hit.text),))
+            for rank, hit in enumerate(found, 1)
+        ]
+
+    def _fused(self, asked: _Asked, count: int, where: Where | None) -> list[Hit]:
+        """Both answers as one. Pools grow by leaps, so that the pages of one search come from the same ones."""
+        pool = POOL * math.ceil(2 * count / POOL)
+        looks, words = self._by_items(asked, pool, where), self._by_texts(asked, pool, where)
+        places = {hit.id: (Place("items", rank, hit.score),) for rank, hit in enumerate(looks, 1)}
+        for hit in words:
+            places[hit.id] = (*places.get(hit.id, ()), *hit.spaces)
+        meta = {hit.id: hit.meta for hit in (*words, *looks)}
+        ordered = self.fusion.scores(*([(hit.id, hit.score) for hit in side] for side in (looks, words)))
+        hits = [Hit(id, score, meta[id], None, places[id]) for id, score in ordered[:count]]
+        return hits if asked.minus is not None else self._with_probabilities(hits, self.fusion.calibration)
+
+    def _distinct(self, hits: list[Hit], most: float) -> list[Hit]:
+        """The hits without those that are too near to a better one."""
+        if not hits:
+            return []
+        vectors = self.store.vectors([hit.id for hit in hits])
+        kept: list[int] = []
+        for at in range(len(hits)):
+            if not kept or (vectors[kept] @ vectors[at]).max() < most - 1e-5:
+                kept.append(at)
+        return [hits[at] for at in kept]
 
     def _spread(self, hits: list[Hit], spread: float, k: int) -> list[Hit]:
         """Of the hits k that are near the query and far from each other, in the order in which they are chosen."""
@@ -101,8 +190,10 @@ class Retriever:
 
     def no_good_match(self, hits: list[Hit]) -> bool:
         """Whether a search that has probabilities has found nothing that fits: its best hit scores too low."""
-        calibrated = self.calibration is not None and hits and hits[0].probability is not None
-        return bool(calibrated and self.calibration.rejects(hits[0].score))  # type: ignore[union-attr]
+        if not hits or hits[0].probability is None:
+            return False
+        calibration = self.fusion.calibration if hits[0].spaces else self.calibration
+        return calibration is not None and calibration.rejects(hits[0].score)
 
     def _by_words(self, vector: Float[np.ndarray, "d"], k: int, where: Where | None) -> list[Hit]:
         """The hits of words alone: of a pool by cosine the best by the remedy, with probabilities."""
@@ -115,22 +206,23 @@ class Retriever:
             scores = self.remedy.scores(vector[None], self.store.vectors([hit.id for hit in pool]))[0]
             scored = [hit._replace(score=round(float(s), 6)) for hit, s in zip(pool, scores, strict=True)]
             hits = sorted(scored, key=lambda hit: (-hit.score, hit.id))[:k]
-        if self.calibration is None:
+        return self._with_probabilities(hits, self.calibration)
+
+    def _with_probabilities(self, hits: list[Hit], calibration: Calibration | None) -> list[Hit]:
+        if calibration is None or not hits:
             return hits
-        found = self.calibration.probability(np.array([hit.score for hit in hits]), gallery=len(self.store))
+        found = calibration.probability(np.array([hit.score for hit in hits]), gallery=len(self.store))
         return [hit._replace(probability=float(p)) for hit, p in zip(hits, found, strict=True)]
 
-    def _query(
-        self, text: str | None, image: Picture | None, like: Sequence[str], weight: float
-    ) -> Float[np.ndarray, "d"]:
-        things = [] if image is None else [self._picture(image)]
-        things += list(self.store.vectors(like)) if like else []
-        if text is None and not things:
+    def _query(self, asked: _Asked) -> Float[np.ndarray, "d"]:
+        things = [] if asked.image is None else [self._picture(asked.image)]
+        things += list(self.store.vectors(asked.like)) if asked.like else []
+        if asked.text is None and not things:
             raise UsageError("There is nothing to search for: give words, an image or the id of an item.")
-        if text is None:
+        if asked.text is None:
             return np.sum(things, axis=0)
-        words = self._words(text)
-        return weight * words + (1 - weight) * _unit(np.sum(things, axis=0)) if things else words
+        words = self._words(asked.text)
+        return asked.weight * words + (1 - asked.weight) * _unit(np.sum(things, axis=0)) if things else words
 
     def _words(self, text: str) -> Float[np.ndarray, "d"]:
         self.bundle.tower("text")

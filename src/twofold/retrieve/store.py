@@ -14,7 +14,7 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -25,16 +25,32 @@ Scalar = str | int | float | bool
 Where = Mapping[str, Scalar | Mapping[str, Sequence[Scalar]]]
 
 
-class Hit(NamedTuple):
-    """One item found. `score` is its cosine with the query, −1..1, or what a remedy made of it: an order.
+Via = Literal["both", "items", "texts"]
+VIAS: tuple[Via, ...] = ("both", "items", "texts")
+"""Which spaces of an index words are asked in."""
 
-    `probability` is that of the item belonging to the query, where a `Retriever` has a calibration for it.
+
+class Place(NamedTuple):
+    """Where one space of an index has an item in its own answer: its rank, from 1, and its score there."""
+
+    space: str  # "items" or "texts"
+    rank: int
+    score: float
+    text: str | None = None  # the item's text that was nearest, in the space of texts
+
+
+class Hit(NamedTuple):
+    """One item found. `score` is its cosine with the query, −1..1, or what a remedy or fusion made of it: an order.
+
+    `probability` is that of the item belonging to the query, where a `Retriever` has a calibration for it. `spaces`
+    says which of an index's spaces found it, where several were asked.
     """
 
     id: str
     score: float
     meta: dict[str, Scalar]
     probability: float | None = None
+    spaces: tuple[Place, ...] = ()
 
 
 class Store(Protocol):

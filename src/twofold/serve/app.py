@@ -17,6 +17,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -35,9 +36,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twofold import __version__
-from twofold.errors import DecodeError, StoreError, TwofoldError
+from twofold.errors import DecodeError, EmbedderError, StoreError, TwofoldError
 from twofold.retrieve.feedback import Click
-from twofold.retrieve.store import Hit, parse_where
+from twofold.retrieve.store import Hit, Via, parse_where
 from twofold.serve.keys import Keys
 from twofold.serve.service import Service
 
@@ -67,6 +68,8 @@ class Wanted(BaseModel):
     unlike: list[Id] = Field([], max_length=50, description="items to lead away from")
     weight: float = Field(0.5, ge=0, le=1, description="the words' share beside a picture or items")
     spread: float = Field(0.0, ge=0, le=1, description="how much the hits shall differ from each other")
+    distinct: float | None = Field(None, ge=-1, le=1, description="leave out hits of this cosine with a better one")
+    via: Via = Field("both", description="which of the index's spaces answers words")
     where: list[Annotated[str, Field(max_length=1000)]] = Field([], max_length=50, description="filters: column=value")
     k: int = Field(24, ge=1, le=200, description="how many hits")
     offset: int = Field(0, ge=0, le=10_000, description="how many to pass over first")
@@ -77,16 +80,35 @@ class Item(BaseModel):
     meta: dict[str, str | int | float | bool]
 
 
+class FoundIn(BaseModel):
+    """Where one space of the index has a hit in its own answer."""
+
+    space: Literal["items", "texts"]
+    rank: int = Field(description="from 1")
+    score: float = Field(description="the cosine in that space, −1..1, or what a remedy made of it")
+    text: str | None = Field(None, description="which of the item's texts was nearest, in the space of texts")
+
+
 class Found(Item):
-    score: float = Field(description="cosine with what was looked for, −1..1: an order within this answer")
+    score: float = Field(description="cosine with what was looked for, −1..1, or of both spaces: an order here")
     probability: float | None = Field(None, description="that it is meant, where the model was calibrated")
+    spaces: list[FoundIn] = Field([], description="which spaces found it, where the texts were asked, too")
 
 
 class Answer(BaseModel):
     hits: list[Found]
     more: bool = Field(description="whether there may be further hits behind `offset + k`")
     none_fits: bool = Field(False, description="a calibrated model thinks that nothing here is what was looked for")
+    notes: list[str] = Field([], description="what to know of this answer: a space that could not be asked")
     milliseconds: float
+
+
+class SpaceFacts(BaseModel):
+    name: Literal["items", "texts"]
+    fingerprint: str
+    dim: int
+    rows: int = Field(description="items, or texts")
+    embedder: str = Field(description="the text embedder's name; empty for the model's own space")
 
 
 class Facts(BaseModel):
@@ -96,6 +118,7 @@ class Facts(BaseModel):
     modality: str
     asks: list[str] = Field(description="what one may look with: text, image")
     fingerprint: str
+    spaces: list[SpaceFacts]
     built: str
     version: str
     writes: bool = Field(description="whether this caller may give feedback")
@@ -208,11 +231,12 @@ def app(
     async def answer(wanted: Wanted, image: bytes | None = None) -> Answer:
         started = time.perf_counter()
         query = wanted.model_dump(exclude={"where", "k"}) | {"where": parse_where(wanted.where), "k": wanted.k + 1}
-        hits = await compute(partial(service.search, image=image, **query))
+        hits, notes = await compute(partial(service.search, image=image, **query))
         return Answer(
             hits=[_found(hit) for hit in hits[: wanted.k]],
             more=len(hits) > wanted.k,
             none_fits=service.index.retriever.no_good_match(hits),
+            notes=notes,
             milliseconds=round(1000 * (time.perf_counter() - started), 1),
         )
 
@@ -240,10 +264,15 @@ def app(
         """What is served: how many items, what one may look with, and the columns to filter by."""
         columns = await compute(service.columns)
         opened = service.index
+        own, *texts = opened.head.spaces
         return Facts(
             items=len(opened.store),
             modality=opened.head.modality,
-            asks=sorted(opened.bundle.towers),
+            asks=sorted({*opened.bundle.towers, *(["text"] if texts else [])}),
+            spaces=[
+                SpaceFacts(**{**asdict(space), "rows": rows})
+                for space, rows in ((own, len(opened.store)), *((space, space.rows) for space in texts))
+            ],
             fingerprint=opened.head.fingerprint,
             built=opened.head.built,
             version=__version__,
@@ -328,6 +357,8 @@ def app(
 
     @api.exception_handler(TwofoldError)
     async def mendable(request: Request, error: TwofoldError) -> JSONResponse:
+        if isinstance(error, EmbedderError):
+            return _problem(request, 503, str(error))
         if isinstance(error, StoreError):
             return _problem(request, 404 if "There is no item" in str(error) else 503, str(error))
         reason = f"The picture cannot be read: {error.reason}." if isinstance(error, DecodeError) else str(error)
@@ -349,7 +380,8 @@ def app(
 
 
 def _found(hit: Hit) -> Found:
-    return Found(id=hit.id, score=hit.score, meta=hit.meta, probability=getattr(hit, "probability", None))
+    spaces = [FoundIn(**place._asdict()) for place in hit.spaces]
+    return Found(id=hit.id, score=hit.score, meta=hit.meta, probability=hit.probability, spaces=spaces)
 
 
 def _problem(request: Request, status: int, said: str, headers: Any = None) -> JSONResponse:

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 
 from twofold.errors import StoreError, UsageError
-from twofold.retrieve.store import Hit
+from twofold.retrieve.store import Hit, Place, Via
 
 
 class Client:
@@ -43,19 +43,21 @@ class Client:
         k: int = 10,
         offset: int = 0,
         spread: float = 0.0,
+        distinct: float | None = None,
         where: Sequence[str] = (),
+        via: Via = "both",
     ) -> list[Hit]:
         """As `Retriever.search`; filters are words such as `group=flags`."""
         like, unlike = ([ids] if isinstance(ids, str) else list(ids) for ids in (like, unlike))
         wanted = {"text": text, "like": like, "unlike": unlike, "minus": minus, "weight": weight}
-        wanted |= {"k": k, "offset": offset, "spread": spread, "where": list(where)}
+        wanted |= {"k": k, "offset": offset, "spread": spread, "distinct": distinct, "where": list(where), "via": via}
         if image is None:
             found = self._call("POST", "/api/v1/search", json=wanted)
         else:
             content = image if isinstance(image, bytes) else image.read_bytes()
             form = {"files": {"picture": ("picture", content)}, "data": {"wanted": json.dumps(wanted)}}
             found = self._call("POST", "/api/v1/search/picture", **form)
-        return [Hit(hit["id"], hit["score"], hit["meta"], hit["probability"]) for hit in found["hits"]]
+        return [Hit(**{**hit, "spaces": tuple(Place(**place) for place in hit["spaces"])}) for hit in found["hits"]]
 
     def item(self, id: str) -> dict[str, Any]:
         """An item's columns."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from twofold.data.decode import Raw, thumbnail
-from twofold.errors import StoreError
+from twofold.errors import EmbedderError, StoreError
 from twofold.retrieve.feedback import Click, Feedback
 from twofold.retrieve.index import THUMBNAIL, Index, keep_thumbnail, thumbnail_place
 from twofold.retrieve.store import Hit, Where
@@ -46,8 +46,9 @@ class Service:
         given = [Path(root) for root in roots] or home
         self.roots = [root.resolve() for root in given]
         self._columns: tuple[str, list[Column]] | None = None
-        if "text" in self._open.bundle.towers:  # the first search shall not be the slow one
-            self._open.search("warm", k=1)
+        if "text" in self._open.bundle.towers or self._open.head.texts:  # the first search shall not be the slow one
+            with contextlib.suppress(EmbedderError):
+                self._open.search("warm", k=1)
 
     @property
     def index(self) -> Index:
@@ -63,9 +64,21 @@ class Service:
                         self._open = fresh
             return self._open
 
-    def search(self, *, image: Raw | None = None, where: Where | None = None, **wanted: Any) -> list[Hit]:
-        """`Retriever.search` on the newest state."""
-        return self.index.search(image=image, where=where, **wanted)
+    def search(
+        self, *, image: Raw | None = None, where: Where | None = None, **wanted: Any
+    ) -> tuple[list[Hit], list[str]]:
+        """`Retriever.search` on the newest state, and what to know of its answer.
+
+        Where a text embedder elsewhere does not answer, the items' own space does, and a note says so.
+        """
+        index = self.index
+        try:
+            return index.search(image=image, where=where, **wanted), []
+        except EmbedderError as error:
+            if wanted.get("via", "both") != "both" or "text" not in index.bundle.towers:
+                raise
+            found = index.search(image=image, where=where, **{**wanted, "via": "items"})
+            return found, [f"The texts could not be asked; these are found without them. {error}"]
 
     def item(self, id: str) -> dict[str, Any]:
         """An item's columns; StoreError where there is none."""

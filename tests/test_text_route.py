@@ -1,0 +1,331 @@
+"""Words are answered by two spaces: the model's own and one of the items' texts. Both stay whole; hits say which."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from twofold.cli import main
+from twofold.data.sources import Source
+from twofold.errors import EmbedderError, FingerprintMismatch, UsageError
+from twofold.models.bundle import Bundle, Tower
+from twofold.models.encoders import image_encoder, text_encoder
+from twofold.retrieve.check import check, repair
+from twofold.retrieve.fusion import Fusion
+from twofold.retrieve.index import Index, open_store, read_head
+from twofold.retrieve.store import Place
+
+NAMES = ["bank", "boat", "cat", "dog", "fish", "lamp", "moon", "road"]
+TEXTS = {
+    "bank": ["money is kept here", "a house of coins"],
+    "boat": ["a vessel on the water", "sails in the wind"],
+    "cat": ["a small animal that purrs"],
+    "dog": ["a loyal animal that barks", "man's best friend"],
+    "fish": ["it swims in the sea", "an animal with fins", "caught with a net"],
+    "lamp": ["it gives light in a room"],
+    "moon": ["it shines at night", "round and far away"],
+    "road": [],
+}
+
+
+class Bags:
+    """A text embedder that counts words, and what it was asked to embed."""
+
+    name, dim = "bags", 64
+
+    def __init__(self, fingerprint: str = "bags"):
+        self.fingerprint = fingerprint
+        self.documents: list[str] = []
+
+    def embed_documents(self, texts, *, progress=None):
+        self.documents += texts
+        return self.embed_queries(texts)
+
+    def embed_queries(self, texts):
+        rows = np.full((len(texts), self.dim), 1e-3, np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            for word in text.lower().split():
+                row[sum(word.encode()) % self.dim] += 1
+        return rows
+
+
+def source(names=NAMES, **texts) -> Source:
+    draw = np.random.default_rng(0)
+    pictures = {name: draw.integers(0, 256, (32, 32, 3), np.uint8) for name in NAMES}
+    return Source(
+        "things",
+        list(names),
+        images=[pictures[name] for name in names],
+        texts=[{**TEXTS, **texts}[name] for name in names],
+        meta={"length": [len(name) for name in names]},
+    )
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        picture = image_encoder("timm:resnet18/4", size=32, small_stem=True)
+        return Bundle({"image": picture, "text": Tower(text_encoder("minilm"), nn.Linear(384, 32))})
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def bags(monkeypatch) -> Bags:
+    """Bags, also as what an index opens by its name."""
+    embedder = Bags()
+    monkeypatch.setattr("twofold.retrieve.index.text_embedder", lambda name: embedder)
+    return embedder
+
+
+@pytest.fixture
+def out(tmp_path, bundle, bags) -> Path:
+    Index.build(source(), bundle, tmp_path / "index", texts=bags)
+    bags.documents.clear()
+    return tmp_path / "index"
+
+
+def texts_held(out: Path) -> dict[str, str]:
+    head = read_head(out)
+    store = open_store(out, head, head.spaces[1])
+    held = {name: str(meta["@text"]) for name, meta in zip(store.ids(), store.meta(store.ids()), strict=True)}
+    store.close()
+    return held
+
+
+def expected(texts=TEXTS) -> dict[str, str]:
+    return {f"{n}@{name}": text for name, own in texts.items() for n, text in enumerate(own)}
+
+
+# -- what is kept
+
+
+def test_every_text_is_embedded_once_and_an_unchanged_index_is_left_alone(tmp_path, bundle):
+    embedder = Bags()
+    doubled = source(road=["it shines at night", "  ", "it shines at night"])
+    built = Index.build(doubled, bundle, tmp_path / "index", texts=embedder)
+    assert (built.texts, built.texts_embedded) == (14, 13)  # the moon's and the road's are one content
+    assert sorted(embedder.documents) == sorted({text for own in TEXTS.values() for text in own})
+    assert texts_held(tmp_path / "index") == expected({**TEXTS, "road": ["it shines at night"]})
+    again = Index.build(doubled, bundle, tmp_path / "index", texts=embedder)
+    assert (again.changed, again.texts_embedded, len(embedder.documents)) == (0, 0, 13)
+    assert read_head(tmp_path / "index").snapshot == "0001"
+
+
+def test_texts_that_change_come_and_go_with_their_items(out, bundle, bags):
+    built = Index.build(source(cat=["it purrs", "a small animal that purrs"], dog=["man's best friend"]), bundle, out)
+    assert (built.changed, built.embedded, bags.documents) == (2, 0, ["it purrs"])
+    now = {**TEXTS, "cat": ["it purrs", "a small animal that purrs"], "dog": ["man's best friend"]}
+    assert texts_held(out) == expected(now)
+    Index.build(source(NAMES[:3], cat=now["cat"]), bundle, out)
+    assert texts_held(out) == expected(now)  # kept, as their items are
+    Index.build(source(NAMES[:3], cat=now["cat"]), bundle, out, existing="prune")
+    assert texts_held(out) == expected({name: now[name] for name in NAMES[:3]})
+    assert check(out).whole
+
+
+def test_texts_of_another_embedder_are_refused_dropped_and_made_anew(out, bundle):
+    with pytest.raises(FingerprintMismatch, match="--texts none, which drops them"):
+        Index.build(source(), bundle, out, texts=Bags("other"))
+    dropped = Index.build(source(), bundle, out, texts="none")
+    assert (dropped.texts, dropped.embedded, len(read_head(out).spaces)) == (0, 0, 1)
+    assert len(list((out / "vectors").iterdir())) == len(list((out / "chroma").iterdir())) == 1
+    made = Index.build(source(), bundle, out, texts=Bags("other"))
+    assert (made.texts, made.embedded, made.texts_embedded) == (13, 0, 13)
+
+
+def test_an_index_whose_embedder_is_another_now_says_so_when_asked(out, monkeypatch):
+    opened = Index.open(out)
+    monkeypatch.setattr("twofold.retrieve.index.text_embedder", lambda name: Bags("newer"))
+    with pytest.raises(FingerprintMismatch, match="newer"):
+        opened.search("an animal")
+    assert opened.search("an animal", via="items", k=2)
+    opened.close()
+
+
+def test_what_was_embedded_before_a_kill_is_not_embedded_again(tmp_path, bundle, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    embedder = Bags()
+    with monkeypatch.context() as patch:
+        patch.setattr("twofold.retrieve.index._write_snapshot", die)
+        with pytest.raises(Killed):
+            Index.build(source(), bundle, tmp_path / "index", texts=embedder)
+    assert Index.build(source(), bundle, tmp_path / "index", texts=embedder).texts_embedded == 0
+    assert len(embedder.documents) == 13
+
+
+def lose_vectors(out: Path) -> None:
+    head = read_head(out)
+    shutil.rmtree(out / "vectors" / head.spaces[1].fingerprint)
+
+
+def lose_store(out: Path) -> None:
+    shutil.rmtree(out / "chroma" / "0001-texts")
+
+
+def swap_texts(out: Path) -> None:
+    head = read_head(out)
+    store = open_store(out, head, head.spaces[1], write=True)
+    store.upsert(["0@dog", "1@dog"], store.vectors(["1@dog", "0@dog"]), store.meta(["0@dog", "1@dog"]))
+    store.delete(["0@cat"])
+    store.close()
+
+
+DAMAGES = {
+    lose_vectors: {"lost": 13},
+    lose_store: {"store": 1},
+    swap_texts: {"vector": 2, "missing": 1},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_to_the_texts_is_named_and_mended(out, damage):
+    assert check(out).whole
+    damage(out)
+    assert {one.what: len(one.ids) for one in check(out).findings} == DAMAGES[damage]
+    assert all(one.space == "texts" for one in check(out).findings)
+    assert repair(out).after.whole
+    assert texts_held(out) == expected()
+
+
+# -- what is found
+
+
+def places(hits) -> dict[str, dict[str, tuple]]:
+    return {hit.id: {place.space: (place.rank, place.text) for place in hit.spaces} for hit in hits}
+
+
+def test_a_hit_says_which_space_found_it_where_and_by_which_text(out, bags):
+    opened = Index.open(out)
+    hits = opened.search("caught with a net", k=8)
+    looks = [hit.id for hit in opened.search("caught with a net", k=8, via="items")]
+    words = opened.search("caught with a net", k=8, via="texts")
+    assert words[0].spaces == (Place("texts", 1, pytest.approx(1, abs=1e-3), "caught with a net"),)
+    assert {hit.id for hit in words} == {name for name in NAMES if TEXTS[name]}
+    for name, found in places(hits).items():
+        assert found["items"][0] == looks.index(name) + 1
+        assert ("texts" in found) == bool(TEXTS[name])
+    assert {name: found["texts"][0] for name, found in places(hits).items() if "texts" in found} == {
+        hit.id: rank for rank, hit in enumerate(words, 1)
+    }
+    score = {hit.id: hit.score for hit in hits}
+    assert score["fish"] == pytest.approx(0.5 + 0.5 * 61 / (60 + looks.index("fish") + 1), abs=1e-6)
+    assert all("@text" not in hit.meta for hit in (*hits, *words))
+    opened.close()
+
+
+def test_filters_pages_and_minus_hold_in_both_spaces(out):
+    opened = Index.open(out)
+    short = opened.search("an animal", k=8, where={"length": 3})
+    assert {hit.id for hit in short} == {"cat", "dog"}
+    whole = [hit.id for hit in opened.search("an animal", k=8)]
+    assert [hit.id for start in range(0, 8, 3) for hit in opened.search("an animal", k=3, offset=start)] == whole
+    away = opened.search("an animal that barks", k=8, via="texts", minus="barks loyal")
+    assert opened.search("an animal that barks", k=8, via="texts")[0].id == "dog" != away[0].id
+    opened.close()
+
+
+def test_what_is_not_words_alone_is_asked_in_the_items_own_space(out):
+    opened = Index.open(out)
+    for query in ({"like": "cat"}, {"text": "sea", "like": "cat"}, {"image": np.zeros((32, 32, 3), np.uint8)}):
+        hits = opened.search(**query, k=3)
+        assert len(hits) == 3 and all(hit.spaces == () for hit in hits)
+        with pytest.raises(UsageError, match="answers words"):
+            opened.search(**query, via="texts")
+    opened.close()
+
+
+def test_a_model_of_pictures_alone_is_searched_by_the_texts(tmp_path, bundle, bags):
+    seeing = Bundle({"image": bundle.towers["image"]})
+    Index.build(source(), seeing, tmp_path / "index", texts=bags)
+    opened = Index.open(tmp_path / "index")
+    assert opened.search("sails in the wind", k=1)[0].id == "boat"
+    opened.close()
+    Index.build(source(), seeing, tmp_path / "index", texts="none")
+    opened = Index.open(tmp_path / "index")
+    with pytest.raises(UsageError, match="no text tower"):
+        opened.search("sails in the wind")
+    with pytest.raises(UsageError, match="--texts minilm"):
+        opened.search("sails in the wind", via="texts")
+    opened.close()
+
+
+def test_ranks_and_scores_are_fused_as_by_hand():
+    items, texts = [("a", 0.9), ("b", 0.5)], [("b", 0.3), ("c", 0.2)]
+    ranks = dict(Fusion("ranks", weight=0.25).scores(items, texts))
+    assert ranks == pytest.approx({"a": 0.75, "b": 0.75 * 61 / 62 + 0.25, "c": 0.25 * 61 / 62}, abs=1e-6)
+    scores = dict(Fusion("scores", weight=0.25).scores(items, texts))
+    assert scores == pytest.approx({"a": 0.675 + 0.05, "b": 0.375 + 0.075, "c": 0.375 + 0.05}, abs=1e-6)
+    assert [name for name, _ in Fusion(weight=0).scores(items, texts)][:2] == ["a", "b"]
+    assert [name for name, _ in Fusion(weight=1).scores(items, texts)][:2] == ["b", "c"]
+    assert Fusion.read(Fusion("scores", 0.3).record()) == Fusion("scores", 0.3)
+
+
+def test_the_exact_index_finds_the_same(out):
+    exact, chroma = Index.open(out, exact=True), Index.open(out)
+    found, expected = (opened.search("an animal", k=8) for opened in (chroma, exact))
+    assert places(found) == places(expected)
+    assert [(hit.id, hit.score, hit.meta) for hit in found] == [(hit.id, hit.score, hit.meta) for hit in expected]
+    chroma.close()
+
+
+# -- the shipped embedder, the command line and the service
+
+
+def test_the_command_line_takes_minilm_by_itself_and_says_where_hits_were_found(tmp_path, bundle, capsys):
+    folder = tmp_path / "things"
+    bundle.save(tmp_path / "model")
+    rows = [{"id": name, "text": TEXTS[name]} for name in NAMES if TEXTS[name]]
+    folder.mkdir()
+    (folder / "things.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = str(tmp_path / "index")
+    made = ["index", str(folder / "things.jsonl"), "--model", str(tmp_path / "model"), "--out", index]
+    assert main([*made, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["texts"] == 13
+    head = read_head(Path(index))
+    assert (head.texts.embedder, head.texts.dim) == ("minilm", 384)
+    assert main(["search", index, "a pet that says miaow", "--via", "texts", "--k", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "texts 1" in said and "a small animal that purrs" in said
+    assert main(["search", index, "a pet that says miaow", "--json", "--k", "1"]) == 0
+    (hit,) = json.loads(capsys.readouterr().out)
+    assert [place["space"] for place in hit["spaces"]] == ["items", "texts"]
+    with pytest.raises(SystemExit):
+        main(["search", index, "a", "--via", "nowhere"])
+    assert main([*made, "--texts", "minilmm"]) == 2
+    assert "minilm" in capsys.readouterr().err
+
+
+def test_the_service_answers_without_the_texts_where_their_embedder_is_away(out, bags, monkeypatch):
+    from fastapi.testclient import TestClient
+
+    from twofold.serve.app import app
+
+    with TestClient(app(out), base_url="http://localhost") as client:
+        found = client.post("/api/v1/search", json={"text": "an animal", "k": 3}).json()
+        assert found["notes"] == []
+        assert [place["space"] for place in found["hits"][0]["spaces"]] == ["items", "texts"]
+        facts = client.get("/api/v1/facts").json()
+        assert [(space["name"], space["rows"]) for space in facts["spaces"]] == [("items", 8), ("texts", 13)]
+
+        def away(texts):
+            raise EmbedderError("nobody answers")
+
+        monkeypatch.setattr(bags, "embed_queries", away)
+        found = client.post("/api/v1/search", json={"text": "an animal", "k": 3}).json()
+        assert (len(found["hits"]), len(found["notes"])) == (3, 1)
+        assert "nobody answers" in found["notes"][0]
+        assert client.post("/api/v1/search", json={"text": "an animal", "via": "texts"}).status_code == 503
