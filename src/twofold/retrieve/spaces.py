@@ -69,12 +69,13 @@ class TextSpace:
 
     def __init__(self, store: Store, open_embedder: Callable[[], TextEmbedder], *, items: int):
         self.store, self.items = store, items
-        self._open, self._embedder = open_embedder, None
+        self._open = open_embedder
+        self._embedder: TextEmbedder | None = None
 
     @property
     def embedder(self) -> TextEmbedder:
         if self._embedder is None:
-            embedder: TextEmbedder = self._open()
+            embedder = self._open()
             if embedder.fingerprint != self.store.fingerprint:
                 raise FingerprintMismatch(
                     f"The texts of this index were embedded by {self.store.fingerprint}; {embedder.name} is now "
