@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from twofold import objectives as o
 from twofold.methods import METHODS, Method
 from twofold.mining import Triplets, batch_hard, distance_weighted, semi_hard
+from twofold.models.captioner import captioner
 from twofold.models.encoders import ImageEncoder, image_encoder
 from twofold.models.heads import Head
 from twofold.models.norm import synchronised
 from twofold.models.predictor import Blocks
 from twofold.runtime import gather, generator, share, world
+from twofold.views import NONE
 
 ROOT = Path(__file__).parents[1]
 PAGE, PEERS = ROOT / "docs" / "exactness.md", ROOT / "benchmarks" / "results" / "exactness.json"
@@ -143,7 +145,11 @@ OPTIONS: dict[str, dict[str, Any]] = {  # beside small heads
     "vjepa": {"frames": 2},
 }
 IMAGES = [name for name, method in METHODS.items() if "text" not in method.needs]
-WHOLE = [*IMAGES, *(name for name in OPTIONS if name not in METHODS)]
+WHOLE = [*IMAGES, "coca", *(name for name in OPTIONS if name not in METHODS)]
+
+
+def read_by_all(ids: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
 def small(name: str) -> Method:
@@ -155,9 +161,13 @@ def small(name: str) -> Method:
     defaults = {key: parameter.default for key, parameter in inspect.signature(kind).parameters.items()}
     heads = {key: replace(head, hidden=16, dim=8) for key, head in defaults.items() if isinstance(head, Head)}
     blocks = {key: Blocks(2, 32, 2) for key, shape in defaults.items() if isinstance(shape, Blocks)}
-    policies = tuple(replace(policy, size=SIDE) for policy in defaults["policies"])
+    policies = tuple(replace(policy, size=SIDE) for policy in defaults.get("policies", ()))
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        if name == "coca":
+            picture = image_encoder("timm:vit_tiny_patch16_224/4x64x1", size=SIDE)
+            seen = {"image": replace(NONE, size=SIDE), "text": read_by_all}
+            return kind(captioner("coca:tiny", picture, ["one", "two"]), views=seen)
         if blocks:
             encoder = image_encoder("timm:vit_tiny_patch16_224/2x32x2", size=SIDE)
             return kind(encoder, policies=policies, **blocks, **OPTIONS.get(name, {}))
@@ -179,6 +189,8 @@ def trained(name: str) -> dict[str, Tensor]:
         pictures = torch.randint(256, (PICTURES, 3, 24, 24), generator=generator(step), dtype=torch.uint8)
         columns = {"image": pictures, "video": torch.stack((pictures, pictures.flip(-1)), 1)}
         columns["label"] = torch.arange(PICTURES) % 3
+        lengths = 2 + torch.arange(PICTURES)[:, None] % 4  # so that no process has as many words as another
+        columns["text"] = (torch.arange(2, 8) + columns["label"][:, None]) * (torch.arange(6) < lengths)
         batch = {name: column[share(PICTURES)] for name, column in columns.items()}
         with synchronised(method) if method.sync_batchnorm else nullcontext():
             method(batch, generator("views", step)).loss.backward()

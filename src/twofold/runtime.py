@@ -124,6 +124,15 @@ def gather(x: Float[Tensor, "b d"]) -> Float[Tensor, "n d"]:
     return x if world()[1] == 1 else _Gather.apply(x)
 
 
+def average(x: Float[Tensor, "m"]) -> Float[Tensor, ""]:
+    """The mean over all processes, of which each may hold another number of values; 0 where none holds any.
+
+    For losses that need no row of another process: two numbers are gathered, and gradients are as `gather` says.
+    """
+    shares = gather(torch.stack([x.sum(), x.new_tensor(len(x))])[None])
+    return shares[:, 0].sum() / shares[:, 1].sum().clamp_min(1)
+
+
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

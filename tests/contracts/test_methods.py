@@ -13,6 +13,7 @@ from twofold import runtime
 from twofold.data.loader import Batches
 from twofold.methods import METHODS, Method, Out
 from twofold.models.bundle import Bundle
+from twofold.models.captioner import captioner
 from twofold.models.encoders import Encoder, image_encoder
 from twofold.models.heads import Head
 from twofold.models.predictor import Blocks
@@ -33,9 +34,19 @@ def of_pictures(name: str) -> bool:
     return "text" not in METHODS[name].needs  # single ones, or clips of them
 
 
+SAID = [f"blotch {number}" for number in range(8)]
+
+
+def spoken(ids: torch.Tensor, draw: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def make(name: str) -> Method:
     """A small one of its kind, always with the same weights."""
     torch.manual_seed(0)
+    if name == "coca":
+        towers = captioner("coca:tiny", image_encoder("timm:resnet18/8", size=SIZE, small_stem=True), SAID)
+        return METHODS[name](towers, views={"image": POLICY, "text": spoken})
     if not of_pictures(name):
         return METHODS[name]({"image": nn.Linear(WIDTH, 8), "text": nn.Linear(WIDTH, 8)})
     defaults = {key: p.default for key, p in inspect.signature(METHODS[name]).parameters.items()}
@@ -52,13 +63,14 @@ def make(name: str) -> Method:
 
 def batches(name: str, *, batch: int = BATCH) -> Batches:
     draw = torch.Generator().manual_seed(1)
-    if of_pictures(name):
+    if of_pictures(name) or name == "coca":
         label = torch.arange(N) % 8
         coarse = torch.rand(8, 3, 2, 2, generator=draw)[label] + torch.rand(N, 3, 2, 2, generator=draw)
         pictures = nn.functional.interpolate(coarse / 2, SIZE, mode="bilinear")  # blotches that survive a crop
         image = (pictures * 255).byte()
         video = torch.stack([image.roll(frame, -1) for frame in range(FRAMES)], 1)
-        columns = {"image": image, "video": video, "label": label}
+        text = 2 + label[:, None].expand(-1, 3)  # after its edge, as `make`'s vocabulary has any token
+        columns = {"image": image, "video": video, "label": label, "text": text}
         return Batches({column: columns[column] for column in METHODS[name].needs}, batch=batch, seed=0)
     common = torch.randn(N, WIDTH, generator=draw)
     columns = {side: common + 0.1 * torch.randn(N, WIDTH, generator=draw) for side in METHODS[name].needs}

@@ -11,6 +11,7 @@ from twofold.data.sources import Source
 from twofold.errors import DataError, UsageError
 from twofold.models.base import device_of, moved
 from twofold.models.bundle import Bundle
+from twofold.models.captioner import Looker, Speaker, Teller
 from twofold.models.causal import Reader
 from twofold.progress import Line
 
@@ -35,19 +36,26 @@ class Scored(NamedTuple):
     gain: float
 
 
-def reader_of(model: Bundle | Reader) -> Reader:
-    """The reader that a bundle holds; UsageError where it holds none."""
-    if isinstance(model, Reader):
+def reader_of(model: Bundle | Reader | Speaker) -> Reader | Speaker:
+    """The reader of pictures that a bundle holds, or the two halves of a captioner; UsageError where it holds none."""
+    if isinstance(model, Reader | Speaker):
         return model
-    found = [tower.encoder for tower in model.towers.values() if isinstance(tower.encoder, Reader)]
+    encoders = [tower.encoder for tower in model.towers.values()]
+    lookers = [encoder for encoder in encoders if isinstance(encoder, Looker)]
+    tellers = [encoder for encoder in encoders if isinstance(encoder, Teller)]
+    if lookers and tellers:
+        return Speaker(lookers[0], tellers[0])
+    found = [encoder for encoder in encoders if isinstance(encoder, Reader)]
     if not found:
         names = " and ".join(tower.encoder.spec["name"] for tower in model.towers.values())
-        raise UsageError(f"This bundle says nothing: it holds {names}. `twofold interleave` trains what speaks.")
+        raise UsageError(
+            f"This bundle says nothing: it holds {names}. What `twofold interleave` or `twofold train coca` made does."
+        )
     return found[0]
 
 
 def caption(
-    model: Bundle | Reader,
+    model: Bundle | Reader | Speaker,
     source: Source,
     *,
     prompt: str = "",
@@ -66,7 +74,7 @@ def caption(
 
 
 def score(
-    model: Bundle | Reader, source: Source, *, on_error: OnError = "skip", quiet: bool = False
+    model: Bundle | Reader | Speaker, source: Source, *, on_error: OnError = "skip", quiet: bool = False
 ) -> tuple[list[Scored], list[Skipped]]:
     """How likely each text of `source` is behind its picture, and the pictures that cannot be read.
 
@@ -102,18 +110,18 @@ def score(
     return scored, skipped
 
 
-def _others(reader: Reader, source: Source) -> tuple[list[int], Tensor]:
+def _others(reader: Reader | Speaker, source: Source) -> tuple[list[int], Tensor]:
     """Pictures from all over the source, and what the eye sees in them; those that cannot be read are left out."""
     spread = sorted({round(at * (len(source) - 1) / max(OTHERS - 1, 1)) for at in range(OTHERS)})
     found = list(_batches(reader, source.take(spread), "look", "skip", [], quiet=True))
     with torch.no_grad():
         seen = [reader.eye(x) for _, x in found]
-    empty = torch.zeros(0, reader.eye.cells, reader.eye.dim, device=device_of(reader))
-    return [spread[at] for items, _ in found for at in items], torch.cat(seen) if seen else empty
+    none = torch.zeros(0, device=device_of(reader))
+    return [spread[at] for items, _ in found for at in items], torch.cat(seen) if seen else none
 
 
 def _batches(
-    reader: Reader, source: Source, doing: str, on_error: OnError, skipped: list[Skipped], *, quiet: bool
+    reader: Reader | Speaker, source: Source, doing: str, on_error: OnError, skipped: list[Skipped], *, quiet: bool
 ) -> Iterator[tuple[Sequence[int], Any]]:
     """Which items, and their pictures, on the reader's device."""
     if source.images is None:

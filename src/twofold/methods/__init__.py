@@ -8,6 +8,7 @@ from twofold.methods.barlow import BarlowTwins
 from twofold.methods.base import Method, Out
 from twofold.methods.byol import BYOL
 from twofold.methods.clip import CLIP
+from twofold.methods.coca import CoCa
 from twofold.methods.dcl import DCL
 from twofold.methods.ijepa import IJEPA
 from twofold.methods.interleaved import Interleaved
@@ -41,6 +42,7 @@ METHODS: dict[str, type[Method]] = {
     "triplet": Triplet,
     "clip": CLIP,
     "siglip": SigLIP,
+    "coca": CoCa,
     "vse": VSE,
 }
 
@@ -54,6 +56,7 @@ __all__ = [
     "VJEPA",
     "VSE",
     "BarlowTwins",
+    "CoCa",
     "Interleaved",
     "LeJEPA",
     "Method",

@@ -35,5 +35,6 @@ FACTS: dict[str, Facts] = {
     "triplet": Facts("mined ones", False, "mining: the hardest collapse it from scratch"),
     "clip": Facts("the batch", False, "captions and a large batch"),
     "siglip": Facts("the batch", False, "captions; a bias that starts low"),
+    "coca": Facts("the batch", False, "captions, and a decoder that learns to speak"),
     "vse": Facts("the hardest", False, "captions; a warm-up without the hardest"),
 }

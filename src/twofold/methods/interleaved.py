@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from twofold.data.documents import PATCH
 from twofold.errors import UsageError
@@ -17,7 +16,7 @@ from twofold.methods.base import Method, Out
 from twofold.models.causal import Reader, follows, pooled
 from twofold.models.tokens import patches
 from twofold.objectives import masked_pixels, next_token, next_token_chance
-from twofold.runtime import gather
+from twofold.runtime import average
 
 
 class Interleaved(Method):
@@ -52,20 +51,14 @@ class Interleaved(Method):
         inside = follows(document)
         words, painted = inside & (ahead != PATCH), inside & (ahead == PATCH)
 
-        loss = text = _mean(next_token(read.logits[:, :-1][words], ahead[words]))
+        loss = text = average(next_token(read.logits[:, :-1][words], ahead[words]))
         parts = {"text": text.detach(), "perplexity": text.detach().exp()}
         if self.pixels and self.reader.eye.patch:
             true = patches(self.reader.eye.standard(pictures), self.reader.eye.patch).flatten(0, 1)
-            error = _mean(masked_pixels(self.paint(read.states[:, :-1][painted]), true))
+            error = average(masked_pixels(self.paint(read.states[:, :-1][painted]), true))
             loss, parts["pixels"] = text + self.pixels * error, error.detach()
         chance = next_token_chance(read.logits.shape[2]) if not self.pixels else float("nan")
         return Out(loss, z=pooled(read.states, document), chance=chance, parts=parts)
 
     def towers(self) -> dict[str, nn.Module]:
         return {"image": self.reader}
-
-
-def _mean(x: Float[Tensor, "m"]) -> Float[Tensor, ""]:
-    """The average over all processes, of which each holds another number of tokens."""
-    shares = gather(torch.stack([x.sum(), x.new_tensor(len(x))])[None])
-    return shares[:, 0].sum() / shares[:, 1].sum().clamp_min(1)

@@ -214,6 +214,10 @@ def read_encoder(kind: Kind, spec: Mapping[str, Any], folder: Path) -> Encoder:
         from twofold.models.causal import read_reader
 
         return read_reader(folder, spec)
+    if name.startswith("coca:"):
+        from twofold.models.captioner import read_looker, read_teller
+
+        return read_looker(folder, spec) if kind == "image" else read_teller(folder, spec)
     if kind == "image":
         return image_encoder(**spec, pretrained=False)
     if kind == "video":

@@ -22,6 +22,7 @@ from twofold import runtime
 from twofold.errors import UsageError
 from twofold.methods.base import Method
 from twofold.models.base import Encoder
+from twofold.models.captioner import Looker
 from twofold.models.causal import Reader
 from twofold.models.tokens import ClipTokens, Tokens
 
@@ -45,6 +46,9 @@ def chunked(method: Method, chunk: int) -> Iterator[None]:
             f"{type(method).__name__} compares no samples with each other, so a batch in chunks (--chunk {chunk}) has "
             "nothing to win. Take a smaller batch and a lower learning rate."
         )
+
+    if any(isinstance(part, Looker) for part in method.modules()):
+        raise UsageError(f"CoCa runs on whole batches: its towers give more than features. Leave out --chunk {chunk}.")
 
     def forward(encoder: nn.Module, x: Rows) -> Tensor:
         # A class's own forward: the instance's is this one.

@@ -18,11 +18,20 @@ from twofold.data.cache import decoded, decoded_clips
 from twofold.data.loader import Batches, Windows
 from twofold.data.sources import Source
 from twofold.errors import DataError, UsageError, unknown
-from twofold.methods import METHODS, Method
+from twofold.methods import METHODS, CoCa, Method
 from twofold.methods.pair import View
 from twofold.methods.vjepa import VJEPA
 from twofold.models.bundle import Bundle, Tower
-from twofold.models.encoders import ImageEncoder, TextEncoder, encoder, image_encoder, text_encoder
+from twofold.models.captioner import captioner
+from twofold.models.encoders import (
+    Encoder,
+    ImageEncoder,
+    TextEncoder,
+    encoder,
+    image_encoder,
+    moved,
+    text_encoder,
+)
 from twofold.models.tokens import centred
 from twofold.progress import Line
 from twofold.train.align import linked, pair_batches
@@ -39,7 +48,7 @@ class Setting:
     size: int | None = None  # pixels a side of a view; the encoder's own where None
     small_stem: bool = False  # the stem for pictures of about 32 pixels
     channels: int = 3
-    text: str = "minilm"  # the text encoder, for pairs
+    text: str | None = None  # the text encoder, for pairs; minilm where None, and for coca coca:small
     space: int = 512  # the width of the common space, for pairs
     policy: str | None = None  # the views: a preset's name or a file; the method's own where None
     batch: int = 256  # over all processes
@@ -80,13 +89,14 @@ def train(
     fabric = _fabric(setting)
     fabric.launch()
 
+    learned = data.split("train") if data.splits is not None else data
     with torch.random.fork_rng():
         torch.manual_seed(runtime.seed_of(setting.seed, "weights"))
         picture = _picture(setting, of_clips="video" in METHODS[name].needs)
-        method = _method(name, picture, setting, chosen, options)
+        method = _method(name, picture, setting, chosen, options, learned.texts)
     if setting.per_class and "label" not in method.needs:
         raise UsageError(f"per_class={setting.per_class} is for methods that learn from labels; {name} does not here.")
-    source = _usable(name, method.needs, data.split("train") if data.splits is not None else data, setting.limit)
+    source = _usable(name, method.needs, learned, setting.limit)
     size = picture.size
     stored = size if size <= 64 else size * 8 // 7  # crops of large pictures keep some detail to choose from
     for policy in chosen:
@@ -250,14 +260,22 @@ def _policies(name: str, policy: str | None, changes: Mapping[str, Any]) -> tupl
 
 
 def _method(
-    name: str, picture: ImageEncoder, setting: Setting, chosen: Sequence[Policy], options: Mapping[str, Any]
+    name: str,
+    picture: ImageEncoder,
+    setting: Setting,
+    chosen: Sequence[Policy],
+    options: Mapping[str, Any],
+    texts: Sequence[Sequence[str]] | None,
 ) -> Method:
     """The method around its encoders."""
     largest = max(policy.size for policy in chosen)  # small local views stay in proportion
     views = tuple(replace(policy, size=round(policy.size * picture.size / largest)) for policy in chosen)
     if "text" not in METHODS[name].needs:
         return METHODS[name](picture, policies=views, **options)
-    text = text_encoder(setting.text)
+    if METHODS[name] is CoCa:
+        pair = captioner(setting.text or "coca:small", picture, (text for own in texts or () for text in own))
+        return METHODS[name](pair, views={"image": views[0], "text": _tokens(pair["text"])}, **options)
+    text = text_encoder(setting.text or "minilm")
     towers = {
         "image": Tower(picture, nn.Linear(picture.dim, setting.space)),
         "text": Tower(text, nn.Linear(text.dim, setting.space)),
@@ -265,10 +283,10 @@ def _method(
     return METHODS[name](towers, views={"image": views[0], "text": _tokens(text)}, **options)
 
 
-def _tokens(encoder: TextEncoder) -> View:
+def _tokens(encoder: Encoder) -> View:
     def view(texts: list[str], draw: torch.Generator) -> dict[str, torch.Tensor]:
         device = next(encoder.parameters()).device
         with runtime.part("views"):
-            return {name: ids.to(device) for name, ids in encoder.batch(texts).items()}
+            return moved(encoder.batch(texts), device)
 
     return view
