@@ -43,7 +43,6 @@ from twofold.train.optim import Optimizer
 
 RESULTS = Path(__file__).parent / "results" / "hard_negatives.json"
 K, EPOCHS, BATCH, EVERY = 5, 60, 1024, 10
-SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,13 +203,56 @@ def variants_found(test: Part, heads: nn.ModuleDict) -> float:
     return float(np.mean(shared))
 
 
+def measure(name: str, train: Part, test: Part, seed: int, folder: Path, keep: Callable[[str, dict], bool]) -> None:
+    """All ways to mine; `keep` is given each row, and asked with an empty one whether it is needed."""
+    first = trained(train, seed, folder / "none")
+    found: dict[str, Callable[[], Mined]] = {
+        "naive": lambda: mined(train, first, NAIVE),
+        "guarded": lambda: mined(train, first, Guards()),
+    }
+    if name == "openmoji":
+        found["family rule"] = lambda: by_family(train, first)
+    nothing = torch.full((len(train.images), K), -1)
+
+    def again(method: Method) -> Tensor:
+        return mined(train, nn.ModuleDict(method.towers()), Guards()).negatives
+
+    for how in ("none", "random", *found, "refreshed"):
+        if not keep(how, {}):
+            continue
+        of = found[how]() if how in found else None
+        if of is not None:
+            heads = trained(train, seed, folder / how, of.negatives)
+        elif how == "random":
+            heads = trained(train, seed, folder / how, by_chance(train, seed))
+        else:
+            heads = first if how == "none" else trained(train, seed, folder / how, nothing, again)
+        row: dict[str, Any] = {"recall": measured(test, heads)}
+        if of is not None:
+            row["mining"] = told(of) | (false_ones(train, of.negatives) if name == "openmoji" else {})
+        if name == "openmoji":
+            row["variants_found"] = variants_found(test, heads)
+        keep(how, row)
+
+
+def by_family(train: Part, heads: nn.ModuleDict) -> Mined:
+    """Mined by what is known of the items alone: the same item, words, file or family."""
+    family = [train.source.meta["family"][item] for item in train.owner]
+    same = {**known(train, heads).same, "family": family}
+    images, texts = embedded(heads["image"], train.images), embedded(heads["text"], train.texts)
+    rules = Guards(share=None, bits=None, near=None)
+    return hard_negatives(images, texts, train.positives(), k=K, guards=rules, known=Known(same))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("captions", type=Path)
+    parser.add_argument("--data", nargs="+", default=["openmoji", "flickr8k"], choices=["openmoji", "flickr8k"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/hard_negatives"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    rows = results.setdefault("results", [])
+    results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     results |= {
         "question": "recall on held-out pictures by how the negatives beyond the batch's own were mined",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
@@ -218,52 +260,25 @@ def main() -> None:
         "setting": {"epochs": EPOCHS, "batch": BATCH, "negatives": K, "each": 1, "refreshed_epochs": EVERY},
         "guards": vars(Guards()),
     }
-    for name, path in (("openmoji", "openmoji"), ("flickr8k", arguments.captions)):
-        data = open_source(path)
+    rows = results.setdefault("results", {})
+    for name in arguments.data:
+        data = open_source("openmoji" if name == "openmoji" else arguments.captions)
         train, test = part(data, "train"), part(data, "test")
         test = named(test) if name == "openmoji" else test
-        for seed in SEEDS:
-            if any(row["data"] == name and row["seed"] == seed for row in rows):
-                continue
-            one = {"data": name, "seed": seed, "rows": {}}
-            folder = arguments.runs / f"{name}-{seed}"
-            first = trained(train, seed, folder / "none")
-            found = {"naive": mined(train, first, NAIVE), "guarded": mined(train, first, Guards())}
-            if name == "openmoji":
-                families = Guards(share=None, bits=None, near=None)
-                about = known(train, first)
-                family = [train.source.meta["family"][item] for item in train.owner]
-                images, texts = embedded(first["image"], train.images), embedded(first["text"], train.texts)
-                found["family rule"] = hard_negatives(
-                    images,
-                    texts,
-                    train.positives(),
-                    k=K,
-                    guards=families,
-                    known=Known({**about.same, "family": family}),
-                )
-            heads = {"none": first, "random": trained(train, seed, folder / "random", by_chance(train, seed))}
-            heads |= {how: trained(train, seed, folder / how, of.negatives) for how, of in found.items()}
-            nothing = torch.full((len(train.images), K), -1)
+        for seed in arguments.seeds:
+            there = rows.setdefault(f"{name} seed {seed}", {})
 
-            def again(method: Method, train: Part = train) -> Tensor:
-                towers = nn.ModuleDict(method.towers())
-                return mined(train, towers, Guards()).negatives
+            def keep(how: str, row: dict, there: dict = there, about: str = f"{name} seed {seed}") -> bool:
+                if not row:
+                    return how not in there
+                there[how] = row
+                words = json.dumps(results, indent=1) + "\n"
+                write_atomically(arguments.out, lambda path: path.write_text(words))
+                ways = ("/".join(f"{one['value']:.3f}" for one in way.values()) for way in row["recall"].values())
+                print(f"{about} {how}: text → image, image → text {', '.join(ways)}", flush=True)
+                return True
 
-            heads["refreshed"] = trained(train, seed, folder / "refreshed", nothing, again)
-            for how, of in heads.items():
-                row: dict[str, Any] = {"recall": measured(test, of)}
-                if how in found:
-                    row["mining"] = told(found[how])
-                    row["mining"] |= false_ones(train, found[how].negatives) if name == "openmoji" else {}
-                if name == "openmoji":
-                    row["variants_found"] = variants_found(test, of)
-                one["rows"][how] = row
-                recall = "/".join(f"{each['value']:.3f}" for each in row["recall"]["text_to_image"].values())
-                print(f"{name} seed {seed} {how}: text → image {recall}", flush=True)
-            rows.append(one)
-            words = json.dumps(results, indent=1) + "\n"
-            write_atomically(RESULTS, lambda path, words=words: path.write_text(words))
+            measure(name, train, test, seed, arguments.runs / f"{name}-{seed}", keep)
 
 
 if __name__ == "__main__":

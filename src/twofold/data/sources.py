@@ -45,6 +45,7 @@ ALIASES: dict[Kind, tuple[str, ...]] = {
     "vector": ("vector", "vectors", "embedding", "embeddings"),
 }
 ROLES = {"label": ("label", "labels"), "split": ("split",), "id": ("id", "ids")}
+PYTHON = "python:"  # a folder whose functions and docstrings are meant
 SPLITS = {
     **{name: name for name in ("train", "val", "test")},
     "training": "train",
@@ -189,8 +190,9 @@ def open_source(
 
     A folder of images, or else of videos, or else of sounds (subfolders are labels; train, val and test at the top are
     splits), a folder that holds train.parquet and test.parquet (or another table), a manifest (.csv .tsv .jsonl
-    .parquet), arrays (.npy .npz), or the name of a sample: "openmoji" is shipped, "motion" drawn when asked for. A
-    manifest's files are looked for beside it, then in `images/` beside it; `images` says where else.
+    .parquet), arrays (.npy .npz), "python:FOLDER" for functions and their docstrings (`code.open_functions`), or the
+    name of a sample: "openmoji" is shipped, "motion" drawn when asked for. A manifest's files are looked for beside it,
+    then in `images/` beside it; `images` says where else.
 
     `columns` says which further columns of a manifest are modalities: each by its name, with its kind ("image", "text",
     "audio", "video", "vector"), or with a `.npy` file that has one vector for each row. A video that is a sheet of
@@ -201,9 +203,15 @@ def open_source(
         from twofold.data import samples
 
         return samples.openmoji() if str(path) == "openmoji" else samples.motion()
+    if str(path).startswith(PYTHON):
+        from twofold.data.code import open_functions
+
+        return open_functions(str(path).removeprefix(PYTHON))
     path = Path(path)
     if not path.exists():
-        raise DataError(f"There is no {path}. A source is a folder, {' '.join(READERS)}, 'openmoji' or 'motion'.")
+        raise DataError(
+            f"There is no {path}. A source is a folder, {' '.join(READERS)}, python:FOLDER, 'openmoji' or 'motion'."
+        )
     if images is not None and not Path(images).is_dir():
         raise DataError(f"There is no folder {images} to look for pictures in.")
     kinds: dict[Modality, Kind] = {}

@@ -1,0 +1,196 @@
+"""Speech, its transcript and its picture: how far does a sound encoder come that starts from nothing?
+
+    apt-get install tuxpaint-stamps-default        # GPL-2; 785 pictures, described and read aloud in many languages
+    python benchmarks/spoken_stamps.py             # twenty minutes on one core
+
+Some 7,000 recordings of about a second, eight languages, mostly one voice each. Stamps that share a recording, a
+picture or a description in any language are one group, and groups are held out: nothing that is measured was seen or
+said in training. The sound encoder (`mel:tiny`, log-mel spectrograms and two layers) is trained. It is held against
+
+* the transcript, in the spoken language, as counts of its letters and of their pairs and triples: a column of vectors,
+* the picture, seen by a frozen EfficientNet-Lite0,
+* the picture again, where one language is left out of training and its recordings of known stamps are asked for.
+
+`length alone` ranks transcripts by how well their number of letters suits the duration, which needs no learning.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import numpy as np
+
+from twofold.data.audio import hear
+from twofold.data.loader import sharing
+from twofold.data.sources import Column, Source, content_key
+from twofold.measure.evaluate import both_ways
+from twofold.measure.matched import matched
+from twofold.measure.retrieval import retrieval
+from twofold.train.align import Recipe, align, normalised
+
+STAMPS = Path("/usr/share/tuxpaint/stamps")
+RESULTS = Path(__file__).parent / "results" / "spoken_stamps.json"
+LANGUAGES = ("fr", "ru", "ro", "ca", "bg", "es", "be", "el")
+LEFT_OUT = "ca"  # its nearest relatives, French, Spanish and Romanian, stay
+WIDTH = 2048  # of the vectors of letters
+SPEECH = Recipe(objective="clip", train="speech", batch=256, lr=1e-3, epochs=40, patience=8)
+
+
+def stamps(folder: Path, limit: int | None) -> Source:
+    """Every recording, with its picture and what is said; heard once, as waveforms."""
+    rows: list[tuple[str, str, Path, Path, str]] = []
+    for text in sorted(folder.rglob("*.txt")):
+        picture = text.with_suffix(".png")
+        said = dict(re.findall(r"^([a-z]{2})\.utf8=(.+)$", text.read_text("utf-8", errors="replace"), re.MULTILINE))
+        for language in LANGUAGES:
+            sound = text.with_name(f"{text.stem}_desc_{language}.ogg")
+            if language in said and sound.is_file() and picture.is_file():
+                stamp = text.relative_to(folder).with_suffix("").as_posix()
+                rows.append((stamp, language, picture, sound, said[language].strip()))
+    names, languages, pictures, sounds, texts = zip(*rows[:limit], strict=True)
+    keys = {path: content_key(path.read_bytes()) for path in {*pictures, *sounds}}
+    group = sharing(
+        [[name] for name in names],
+        [[keys[path]] for path in pictures],
+        [[keys[path]] for path in sounds],
+        [[(language, normalised(text))] for language, text in zip(languages, texts, strict=True)],
+    )
+    order = sorted(set(group.tolist()), key=lambda one: content_key(str(one)))
+    held = dict.fromkeys(order[: len(order) // 5], "test") | dict.fromkeys(
+        order[len(order) // 5 : len(order) * 3 // 10], "val"
+    )
+    return Source(
+        str(folder),
+        [f"{name}@{language}" for name, language in zip(names, languages, strict=True)],
+        images=list(pictures),
+        texts=[[text] for text in texts],
+        splits=[held.get(one, "train") for one in group.tolist()],
+        columns={
+            "speech": Column("audio", [hear(path, seconds=4) for path in sounds]),
+            "letters": Column("vector", list(letters(texts))),
+        },
+        meta={"language": list(languages), "stamp": list(names)},
+    )
+
+
+def letters(texts: Sequence[str]) -> np.ndarray:
+    """Log counts of single letters, pairs and triples, hashed into WIDTH columns; rows of length 1."""
+    found = np.zeros((len(texts), WIDTH), np.float32)
+    for row, text in zip(found, texts, strict=True):
+        padded = f" {normalised(text)} "
+        for n in (1, 2, 3):
+            for at in range(len(padded) - n + 1):
+                row[zlib.crc32(padded[at : at + n].encode()) % WIDTH] += 1
+    found = np.log1p(found)
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def within(bundle: Any, test: Source, other: str) -> dict[str, Any]:
+    """Recall within each language, whose recordings and partners alone are the gallery, and over all queries."""
+    row = {}
+    for language in LANGUAGES:
+        own = [item for item, spoken in enumerate(test.meta["language"]) if spoken == language]
+        if len(own) > 1:
+            row[language] = told(both_ways(matched(bundle, test.take(own), ("speech", other), quiet=True)))
+    return row
+
+
+def told(found: dict) -> dict[str, Any]:
+    return {
+        way: {
+            "recall": {str(k): one._asdict() for k, one in each.recall.items()},
+            "chance": {str(k): one for k, one in each.chance.items()},
+            "median_rank": each.median_rank,
+            "gallery": each.gallery,
+        }
+        for way, each in found.items()
+    }
+
+
+def by_length(train: Source, test: Source) -> dict[str, Any]:
+    """Duration against number of letters, by a line fitted on the training part of the language."""
+    row = {}
+    for language in LANGUAGES:
+        parts = []
+        for part in (train, test):
+            own = [item for item, spoken in enumerate(part.meta["language"]) if spoken == language]
+            seconds = np.array([len(part.column("speech").cells[item]) / 16_000 for item in own])
+            parts.append((seconds, np.array([float(len(part.texts[item][0])) for item in own])))  # type: ignore[index]
+        if len(parts[1][0]) > 1 and len(parts[0][0]) > 1:
+            slope, start = np.polyfit(parts[0][1], parts[0][0], 1)
+            asked, answers = parts[1][0], parts[1][1] * slope + start
+            # On a circle wide enough, nearer is more alike: cosine ranks as the difference does.
+            angle = [np.stack([np.cos(x / 20), np.sin(x / 20)], 1).astype(np.float32) for x in (asked, answers)]
+            own = [[at] for at in range(len(asked))]
+            row[language] = told({"speech_to_letters": retrieval(angle[0], angle[1], own)})
+    return row
+
+
+def mean(row: dict[str, Any], way: str) -> str:
+    """Over languages, weighed by their queries: R@1/5/10, and chance."""
+    cells = []
+    for what in ("recall", "chance"):
+        for k in ("1", "5", "10"):
+            values = [(each[way][what][k], each[way]["gallery"]) for each in row.values() if way in each]
+            total = sum(n for _, n in values)
+            cells.append(sum((v["value"] if what == "recall" else v) * n for v, n in values) / total)
+    return "/".join(f"{cell:.3f}" for cell in cells[:3]) + ", by chance " + "/".join(f"{c:.3f}" for c in cells[3:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stamps", type=Path, default=STAMPS)
+    parser.add_argument("--limit", type=int, help="only so many recordings, to try it out")
+    parser.add_argument("--epochs", type=int, default=SPEECH.epochs)
+    parser.add_argument("--only", nargs="+", default=["letters", "image", "left out"])
+    parser.add_argument("--runs", type=Path, default=Path(gettempdir()) / "twofold-spoken-stamps")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    source = stamps(given.stamps, given.limit)
+    train, test = source.split("train"), source.split("test")
+    record: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {"results": {}}
+    record |= {
+        "question": "recall between recordings of held-out stamps and their transcripts or pictures; 95 % intervals",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "versions": {name: version(name) for name in ("torch", "timm", "av", "twofold")},
+        "recordings": {name: list(source.splits or ()).count(name) for name in ("train", "val", "test")},
+        "recipe": {"speech": "mel:tiny", "batch": SPEECH.batch, "epochs": given.epochs, "objective": SPEECH.objective},
+    }
+    rows = record["results"]
+    rows["length alone"] = by_length(train, test)
+    print("length alone", mean(rows["length alone"], "speech_to_letters"), flush=True)
+    recipe = replace(SPEECH, epochs=given.epochs)
+    for name, other, spec in (("letters", "letters", "vectors"), ("image", "image", "efficientnet-lite0")):
+        if name in given.only and name not in rows:
+            towers = {"speech": "mel:tiny", other: spec}
+            done = align(source, out=given.runs / name, towers=towers, recipe=recipe)
+            rows[f"{name}, untrained"] = within(done.untrained, test, other)
+            rows[name] = within(done.bundle, test, other)
+            for way in (f"speech_to_{other}", f"{other}_to_speech"):
+                print(name, way, mean(rows[name], way), "untrained", mean(rows[f"{name}, untrained"], way), flush=True)
+            given.out.write_text(json.dumps(record, indent=1) + "\n")
+    if "left out" in given.only and "left out" not in rows:
+        splits = [
+            "test" if language == LEFT_OUT and split == "train" else "val" if split == "val" else "train"
+            for language, split in zip(source.meta["language"], source.splits or (), strict=True)
+        ]
+        kept = [i for i, s in enumerate(source.splits or ()) if s != "test"]
+        known = replace(source, splits=splits).take(kept)
+        towers = {"speech": "mel:tiny", "image": "efficientnet-lite0"}
+        bundle = align(known, out=given.runs / "left-out", towers=towers, recipe=recipe).bundle
+        rows["left out"] = within(bundle, known.split("test"), "image")
+        print(LEFT_OUT, "left out", mean(rows["left out"], "speech_to_image"), flush=True)
+        given.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
