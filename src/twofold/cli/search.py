@@ -69,9 +69,9 @@ def search(
 
     from twofold.errors import UsageError
     from twofold.retrieve.explain import explain as explained
+    from twofold.retrieve.filters import parse_where
     from twofold.retrieve.index import Index
     from twofold.retrieve.queries import check_output, read_queries
-    from twofold.retrieve.store import parse_where
 
     named = {"minus": minus, "weight": weight, "k": k, "offset": offset, "spread": spread, "where": parse_where(where)}
     named |= {"distinct": distinct, "via": via}

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from twofold.data.atomic import write_atomically
 from twofold.data.tables import READERS, read_text
 from twofold.errors import DataError, TwofoldError, UsageError, unknown
+from twofold.retrieve.filters import parse_where
 from twofold.retrieve.retriever import Retriever
-from twofold.retrieve.store import Hit, parse_where
+from twofold.retrieve.store import Hit
 
 NUMBERS = {"weight": float, "spread": float, "k": int, "offset": int}
 LISTS = ("like", "unlike", "where")

@@ -3,27 +3,23 @@
 `Store` says what a store can do; `ExactStore` does it by comparing with every vector, `ChromaStore` with an
 embedded Chroma on disk. Both answer alike: cosine scores, best first, equal scores by id, the same filters.
 
-A filter (`where`) names columns and the values they may have, all of which must hold:
-`{"group": "food-drink", "year": {"$in": [2024, 2025]}}`. Numbers compare by value (1 is 1.0); `True` is not 1,
-and the text "1" is not the number. An item that lacks the column does not match.
+A filter (`where`) names columns and the values they may have (see `filters`):
+`{"group": "food-drink", "year": {"$in": [2024, 2025]}}`.
 """
 
 import contextlib
 import json
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float
 
-from twofold.errors import FingerprintMismatch, StoreError, UsageError, unknown
-
-Scalar = str | int | float | bool
-Where = Mapping[str, Scalar | Mapping[str, Sequence[Scalar]]]
-
+from twofold.errors import FingerprintMismatch, StoreError, UsageError
+from twofold.retrieve.filters import Rule, Scalar, Where, compiled, for_chroma, is_column, matches
 
 Via = Literal["both", "items", "texts"]
 VIAS: tuple[Via, ...] = ("both", "items", "texts")
@@ -111,7 +107,7 @@ class ExactStore:
     def query(self, vector: Float[np.ndarray, "d"], k: int, where: Where | None = None) -> list[Hit]:
         unit, wanted = _checked_query(vector, k, where, self.dim)
         names = list(self._row)
-        rows = np.array([r for r in range(len(names)) if _matches(self._meta[r], wanted)], dtype=np.intp)
+        rows = np.array([r for r in range(len(names)) if matches(wanted, self._meta[r])], dtype=np.intp)
         # All rows at once where nothing is filtered: indexing would copy the matrix.
         scores = (self._matrix if len(rows) == len(names) else self._matrix[rows]) @ unit
         scores = np.round(scores.astype(np.float64), 6)
@@ -244,13 +240,14 @@ class ChromaStore:
 
     def query(self, vector: Float[np.ndarray, "d"], k: int, where: Where | None = None) -> list[Hit]:
         unit, wanted = _checked_query(vector, k, where, self.dim)
-        if not all(wanted.values()):
-            return []  # a column that may have no value; Chroma rejects an empty list
+        rule = for_chroma(wanted)
+        if rule is False:  # no value would do; Chroma rejects an empty list
+            return []
         with self._doing("search"):
             found = self._items.query(
                 query_embeddings=unit[None],
                 n_results=k,
-                where=_for_chroma(wanted),
+                where=None if rule is True else rule,
                 include=["distances", "metadatas"],
             )
         rows = zip(found["ids"][0], found["distances"][0], found["metadatas"][0], strict=True)
@@ -346,7 +343,7 @@ def scalars(columns: Mapping[str, object]) -> dict[str, Scalar]:
     """
     kept: dict[str, Scalar] = {}
     for column, value in columns.items():
-        name = column if _is_column(column) else f"_{column}"
+        name = column if is_column(column) else f"_{column}"
         if isinstance(value, np.generic | np.ndarray):
             value = value.tolist()
         if isinstance(value, list | tuple):
@@ -364,83 +361,6 @@ def scalars(columns: Mapping[str, object]) -> dict[str, Scalar]:
             case _:
                 kept[name] = str(value).encode("utf-8", "backslashreplace").decode()
     return kept
-
-
-def parse_where(terms: Iterable[str]) -> Where:
-    """The filter that words like `group=food-drink` mean; a column named twice may have either value.
-
-    A value that reads as a number or as true/false may be either: `year=2024` finds the text and the number.
-    """
-    where: dict[str, dict[str, list[Scalar]]] = {}
-    for term in terms:
-        column, equals, text = term.partition("=")
-        if not (column and equals):
-            raise UsageError(f"A filter reads column=value, e.g. group=food-drink; got {term!r}.")
-        values: list[Scalar] = [text]
-        if text.lower() in ("true", "false"):
-            values.append(text.lower() == "true")
-        with contextlib.suppress(ValueError):
-            if np.isfinite(number := float(text)):
-                values.append(number)
-        where.setdefault(column, {"$in": []})["$in"] += values
-    return where
-
-
-_Wanted = dict[str, frozenset[tuple[str, Scalar]]]  # column → (kind, value) pairs it may have
-
-
-def _kind(value: object) -> tuple[str, Scalar] | None:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, bool):
-        return "bool", value
-    if isinstance(value, int | float):
-        return "number", value
-    return ("text", value) if isinstance(value, str) else None
-
-
-def _wanted(where: Where | None) -> _Wanted:
-    wanted: _Wanted = {}
-    for column, rule in (where or {}).items():
-        if not _is_column(column):
-            raise UsageError(f"No column is named {column!r}: not empty, and no $, # or chroma: in front.")
-        if isinstance(rule, Mapping):
-            for operator in rule:
-                if operator != "$in":
-                    raise unknown("filter operator", str(operator), ["$in"])
-            values = list(rule.get("$in", ()))
-        else:
-            values = [rule]
-        kinds = [_kind(value) for value in values]
-        if None in kinds:
-            raise UsageError(
-                f"The filter on {column!r} must be text, a number, a boolean or {{'$in': [...]}}; got {rule!r}."
-            )
-        wanted[column] = frozenset(kind for kind in kinds if kind)
-    return wanted
-
-
-def _matches(meta: Mapping[str, Scalar], wanted: _Wanted) -> bool:
-    return all(_kind(meta.get(column)) in values for column, values in wanted.items())
-
-
-def _for_chroma(wanted: _Wanted) -> dict | None:
-    """`wanted` in Chroma's grammar: one column a condition, one type of value a list."""
-    columns = []
-    for column, pairs in wanted.items():
-        lists: dict[type, list] = {}
-        for _, value in pairs:
-            lists.setdefault(type(value), []).append(value)
-        columns.append(_join("$or", [{column: {"$in": values}} for values in lists.values()]))
-    return _join("$and", columns) if columns else None
-
-
-def _join(operator: str, parts: list[dict]) -> dict:
-    return {operator: parts} if len(parts) > 1 else parts[0]
-
-
-def _is_column(name: object) -> bool:
-    return isinstance(name, str) and bool(name) and not name.startswith(("$", "#", "chroma:"))
 
 
 def _checked(ids, vectors, meta, dim: int) -> tuple[Float[np.ndarray, "n d"], list[dict[str, Scalar]]]:
@@ -466,13 +386,13 @@ def _check_id(name: str) -> None:
     raise StoreError(f"An id must be text that is not empty and can be written as UTF-8; got {name!r}.")
 
 
-def _checked_query(vector, k: int, where: Where | None, dim: int) -> tuple[Float[np.ndarray, "d"], _Wanted]:
+def _checked_query(vector, k: int, where: Where | None, dim: int) -> tuple[Float[np.ndarray, "d"], Rule]:
     vector = np.asarray(vector, np.float32)
     if vector.shape != (dim,):
         raise StoreError(f"Expected a query vector [{dim}], got {list(vector.shape)}.")
     if k < 1:
         raise UsageError(f"k must be at least 1, got {k}.")
-    return _unit(vector[None], ["the query"])[0], _wanted(where)
+    return _unit(vector[None], ["the query"])[0], compiled(where)
 
 
 def _unit(vectors: Float[np.ndarray, "n d"], names: Sequence[str]) -> Float[np.ndarray, "n d"]:

@@ -38,7 +38,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from twofold import __version__
 from twofold.errors import DecodeError, EmbedderError, StoreError, TwofoldError
 from twofold.retrieve.feedback import Click
-from twofold.retrieve.store import Hit, Via, parse_where
+from twofold.retrieve.filters import parse_where
+from twofold.retrieve.store import Hit, Via
 from twofold.serve.keys import Keys
 from twofold.serve.service import Service
 
