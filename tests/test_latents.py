@@ -133,6 +133,23 @@ def test_mae_sees_a_quarter_and_the_share_can_be_another():
     assert seen == [(6, 4), (6, 8)]
 
 
+def test_what_is_painted_is_what_is_seen_and_where_hidden_what_the_decoder_says():
+    method, x = mae(), pictures()["image"] / 255
+    true = method.tokens.standard(x)
+
+    class Perfect(torch.nn.Module):
+        def forward(self, seen, keep, hidden):
+            parts = taken(patches(true, (4, 4)), hidden)
+            return (parts - parts.mean(-1, keepdim=True)) / parts.std(-1, keepdim=True)
+
+    method.decoder = Perfect()
+    seen, painted = method.paint(x, runtime.generator(0))
+    torch.testing.assert_close(painted, x, rtol=1e-4, atol=1e-5)
+    grey = (patches(seen, (4, 4)) == 0.5).all(-1)
+    assert grey.sum(1).tolist() == [12] * 6
+    assert torch.equal(patches(seen, (4, 4))[~grey], patches(x, (4, 4))[~grey])
+
+
 # I-JEPA
 
 

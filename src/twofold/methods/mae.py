@@ -5,20 +5,29 @@ never computes what is hidden, and the decoder is thrown away.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from twofold import views
 from twofold.methods.base import Method, Out
+from twofold.models.base import inference
 from twofold.models.images import ImageEncoder
 from twofold.models.predictor import Blocks, Predictor
-from twofold.models.tokens import Tokens, patches
+from twofold.models.tokens import Tokens, joined, patches
 from twofold.objectives import masked_pixels, masked_pixels_chance
 from twofold.runtime import gather
 from twofold.views import Policy
 from twofold.views.masks import random, taken
+
+
+class Painted(NamedTuple):
+    """Pictures with what was hidden of them in grey, and as the decoder paints it."""
+
+    seen: Float[Tensor, "b c h w"]
+    painted: Float[Tensor, "b c h w"]
 
 
 class MAE(Method):
@@ -48,6 +57,22 @@ class MAE(Method):
         pixels = taken(patches(self.tokens.standard(x), self.tokens.patch), hidden)
         loss = gather(masked_pixels(painted, pixels)).mean()
         return Out(loss, z=h.mean(1), chance=masked_pixels_chance(self.pixels))
+
+    def paint(self, x: Float[Tensor, "b c h w"], draw: torch.Generator) -> Painted:
+        """What is seen of pictures in 0..1, and what is painted in its place; hidden patches are grey in the first.
+
+        Only what a patch looks like beside its own mean and contrast is predicted: these two are the true patch's.
+        """
+        keep, hidden = random(len(x), self.tokens.cells, share=self.share, draw=draw).to(x.device)
+        with inference(self):
+            painted = self.decoder(self.tokens(x, keep), keep, hidden).flatten(1, 2)
+        tokens, at = self.tokens, hidden[:, 0, :, None].expand(-1, -1, self.pixels)
+        true = patches(tokens.standard(x), tokens.patch)
+        variance, mean = torch.var_mean(true.gather(1, at), -1, keepdim=True)
+        whole = joined(true.scatter(1, at, painted * variance.sqrt() + mean), tokens.patch, tokens.grid)
+        pixels = (whole * tokens.encoder.std + tokens.encoder.mean).clamp(0, 1)
+        seen = patches(x, tokens.patch).scatter(1, at, 0.5)
+        return Painted(joined(seen, tokens.patch, tokens.grid), pixels)
 
     def towers(self) -> dict[str, nn.Module]:
         return {"image": self.tokens.encoder}

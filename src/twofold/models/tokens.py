@@ -133,6 +133,12 @@ def patches(x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor,
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, size[0] * size[1] * c)
 
 
+def joined(p: Float[Tensor, "b n p"], size: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
+    """The pictures that `patches` of this size took apart."""
+    p = p.view(len(p), *grid, *size, -1)
+    return p.permute(0, 5, 1, 3, 2, 4).reshape(len(p), -1, grid[0] * size[0], grid[1] * size[1])
+
+
 def tubelets(x: Float[Tensor, "b t c h w"], grid: tuple[int, int, int]) -> Float[Tensor, "b n p"]:
     """The pixels of each tubelet, grid cell by grid cell: p = frames · channels · rows · columns, in this order."""
     b, t, c, h, w = x.shape
