@@ -28,6 +28,7 @@ from twofold.models.encoders import ImageEncoder, image_encoder
 from twofold.models.heads import Head
 from twofold.models.norm import synchronised
 from twofold.models.predictor import Blocks
+from twofold.objectives.tiled import nearest
 from twofold.runtime import gather, generator, share, world
 from twofold.views import NONE
 
@@ -89,6 +90,12 @@ def crossed(loss: Callable[[Tensor, Tensor], Tensor], learned: Learned, rows: Ro
     return loss(q1, k2) + loss(q2, k1)
 
 
+def across(a: Tensor, b: Tensor) -> Tensor:
+    """Each row of a against the row of b that is nearest to it but its own, and the other way around."""
+    of_b, of_a = nearest(*(torch.nn.functional.normalize(z.detach(), dim=1) for z in (a, b)))
+    return o.triplet_margin(a, b, b[of_b], margin=0.5) + o.triplet_margin(b, a, a[of_a], margin=0.5)
+
+
 def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -110,6 +117,7 @@ CASES: dict[str, Callable[[Learned, Rows], Tensor]] = {
     "triplet_margin, distance-weighted": lambda m, rows: triplets(
         lambda z, labels: distance_weighted(z, labels, generator(0)), *labelled(m, rows)
     ),
+    "triplet_margin, nearest of the other side (VSE++)": lambda m, rows: across(*views(m.tower, rows)),
     "triplet_batch_all": lambda m, rows: o.triplet_batch_all(*labelled(m, rows), margin=0.5),
     "cosine_regression (BYOL)": lambda m, rows: crossed(o.cosine_regression, m, rows),
     "negative_cosine (SimSiam)": lambda m, rows: crossed(o.negative_cosine, m, rows),
@@ -277,7 +285,9 @@ def test_a_method_trains_as_in_one_process(ran, name):
     assert cosine < COSINE
     assert several.keys() == one.keys()
     for key in one:  # weights, averages of weights, BatchNorm's statistics, the queue
-        torch.testing.assert_close(several[key], one[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: key + text)
+        # Of the largest entry: in float32 a sum is as inexact as its terms, however little is left of them.
+        allowed = max(1e-5, 1e-4 * one[key].abs().max().item())
+        torch.testing.assert_close(several[key], one[key], rtol=0, atol=allowed, msg=lambda text, key=key: key + text)
 
 
 def test_what_learns_a_temperature_or_a_bias_has_its_gradient_compared(ran):

@@ -244,6 +244,13 @@ def test_effective_rank_counts_equal_directions(rank):
     assert effective_rank(left @ right.T) == pytest.approx(rank, rel=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12), (7, 7)], ids=str)
+def test_effective_rank_is_that_of_the_singular_values(shape):
+    z = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -3, shape[1])
+    p = (sigma := torch.linalg.svdvals(z.double())) / sigma.sum() + 1e-7
+    assert effective_rank(z) == pytest.approx(math.exp(-(p * p.log()).sum()), rel=1e-6)
+
+
 def test_effective_rank_finds_dimensional_collapse_that_spread_does_not_see():
     thin = noise(500, 2) @ noise(2, 64, seed=1)
     assert spread(thin) > 0.95
