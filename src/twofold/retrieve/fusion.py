@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from twofold.measure.calibration import Calibration
 
 K = 60  # of reciprocal rank fusion, as its authors have it
@@ -13,13 +15,15 @@ K = 60  # of reciprocal rank fusion, as its authors have it
 class Fusion:
     """How two ordered answers become one; `weight` is the share of the texts, 0..1.
 
-    "ranks" is reciprocal rank fusion (Cormack, Clarke and Büttcher 2009), which needs to know nothing of the scores:
-    the sum of (1 + K)/(rank + K), rank from 1, weighted; 1 is first in both. "scores" is the weighted sum of the scores
-    themselves, with a weight that was fitted for them; what one space did not find has the lowest score of its answer.
+    "standard" is the weighted sum of scores that were made comparable: each less the mean of its answer, in standard
+    deviations of it. "scores" is that of the scores themselves, with a weight that was fitted for them. In both, what
+    one space did not find has the lowest score of its answer. "ranks" is reciprocal rank fusion (Cormack, Clarke and
+    Büttcher 2009): the sum of (1 + K)/(rank + K), rank from 1; it knows nothing of the scores, and finds less.
+    The default was chosen on validation splits of two collections (benchmarks/fusion.py).
     """
 
-    kind: Literal["ranks", "scores"] = "ranks"
-    weight: float = 0.5
+    kind: Literal["standard", "scores", "ranks"] = "standard"
+    weight: float = 0.7
     calibration: Calibration | None = None  # of the scores that come out
 
     def scores(self, items: Sequence[tuple[str, float]], texts: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -32,7 +36,10 @@ class Fusion:
             if self.kind == "ranks":
                 worth, missing = {id: (1 + K) / (rank + K) for rank, (id, _) in enumerate(side, 1)}, 0.0
             else:
-                worth, missing = dict(side), min(score for _, score in side)
+                values = np.array([score for _, score in side])
+                if self.kind == "standard":
+                    values = (values - values.mean()) / max(values.std(), 1e-6)
+                worth, missing = {id: float(v) for (id, _), v in zip(side, values, strict=True)}, float(values.min())
             for id in total:
                 total[id] += share * worth.get(id, missing)
         rounded = [(id, round(score, 6)) for id, score in total.items()]
