@@ -114,6 +114,13 @@ def test_nothing_is_left_behind(tmp_path):
     assert runtime._clocks == []
 
 
+def test_a_run_too_short_for_a_profile_says_so(tmp_path, capsys):
+    batches = Batches({"image": torch.rand(8, 3, 4, 4)}, batch=4, seed=0)
+    assert fit(Slow("none"), batches, steps=5, out=tmp_path, profile=True).profile is None
+    printed = capsys.readouterr()
+    assert "no profile: its first 5 steps are left out" in printed.out + printed.err
+
+
 def test_forward_and_backward_are_the_network():
     ms = dict.fromkeys(PARTS, 1.0) | {"forward": 2.0, "backward": 2.0, "views": 3.0}
     assert Profile(1, ms).blame == "forward"

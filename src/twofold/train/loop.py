@@ -277,6 +277,8 @@ def fit(
         checkpoints.restore(checkpoints.load(best.path), method, None)
     method.eval()
     found = profiler.profile if profiler else None
+    if profiler and not found and not quiet:
+        TERMINAL.print(f"  no profile: its first {profiler.warmup} steps are left out, and there were no more")
     log_lines = read_log(out / "log.jsonl")
     return Run(out, done, log_lines, time.monotonic() - started, found, best.step if best else None)
 

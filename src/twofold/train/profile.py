@@ -62,7 +62,7 @@ class Profiler:
     """Times some steps of a method after the first few, which are slow for reasons of their own."""
 
     def __init__(self, method: nn.Module, *, warmup: int = 5, steps: int = 20):
-        self.method, self.clock = method, Clock()
+        self.method, self.clock, self.warmup = method, Clock(), warmup
         self._first, self._last, self._seen = warmup + 1, warmup + steps, 0
 
     @contextmanager
