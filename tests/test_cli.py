@@ -163,7 +163,7 @@ def test_a_method_draws_the_views_of_its_own_paper_unless_told():
         setting = Setting(encoder="timm:resnet18/4", size=16, small_stem=True, policy=policy)
         encoder = image_encoder(setting.encoder, size=16, small_stem=True)
         heads = {"head": Head(2, 8, 8), "predictor": Head(2, 8, 8)}
-        seen.append(_method("byol", encoder, setting, _policies("byol", policy, {}), heads).policies)
+        seen.append(_method("byol", encoder, setting, _policies("byol", policy, {}), heads, None).policies)
     assert seen[0] == tuple(dataclasses.replace(policy, size=16) for policy in PRESETS["byol"])
     assert seen[1] == tuple(dataclasses.replace(policy, size=16) for policy in PRESETS["simclr-cifar"])
 

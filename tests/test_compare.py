@@ -54,7 +54,7 @@ def test_every_method_has_its_facts_and_they_are_true():
     for variant in variants_of(fitting(coloured()), TINY, OPTIMIZER, transformer=TRANSFORMER, items=60):
         chosen = _policies(variant.method, variant.setting.policy, {})
         method = _method(
-            variant.method, _picture(variant.setting, of_clips=False), variant.setting, chosen, variant.options
+            variant.method, _picture(variant.setting, of_clips=False), variant.setting, chosen, variant.options, None
         )
         facts = FACTS[variant.method]
         assert hasattr(method, "target") == facts.momentum, variant.name
