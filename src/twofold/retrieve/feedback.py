@@ -1,6 +1,7 @@
 """What people said of what they found: an append-only file beside an index, and the training data it amounts to."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from twofold.data.atomic import sync_folder
 from twofold.errors import StoreError
 
 FILE = "feedback.jsonl"
@@ -44,27 +46,48 @@ class Feedback:
         self.path = Path(index) / FILE
 
     def add(self, click: Click) -> None:
+        """Append a click. A disk that has no room for all of it keeps none of it; OSError says so."""
         row = click._replace(when=click.when or time.strftime("%Y-%m-%dT%H:%M:%S%z"))._asdict()
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        with open(self.path, "ab+") as file:
+        with open(self.path, "ab", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever was killed in the middle of a line must not spoil the next one.
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                line = b"\n" + line
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+            end = file.seek(0, os.SEEK_END)  # by now: others may have written while this one waited
+            if not end:
+                sync_folder(self.path.parent)
+            elif not self._ends_a_line(end):
+                line = b"\n" + line  # whoever was killed in the middle of a line must not spoil the next one
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+
+    def _ends_a_line(self, end: int) -> bool:
+        with open(self.path, "rb") as file:
+            return os.pread(file.fileno(), 1, end - 1) == b"\n"
 
     def __iter__(self) -> Iterator[Click]:
-        """Every click, oldest first; a line that was cut short is passed over."""
-        with contextlib.suppress(FileNotFoundError), open(self.path, encoding="utf-8") as lines:
+        """Every click, oldest first; a line that was cut short, wherever that was, is passed over."""
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as lines:
             for line in lines:
-                with contextlib.suppress(json.JSONDecodeError):
-                    row = json.loads(line)
-                    try:
-                        yield Click(row["text"], tuple(row["like"]), row["id"], row["relevant"], row["when"])
-                    except (KeyError, TypeError) as error:
-                        raise StoreError(f"{self.path} holds a line that is no click ({error}): {line[:80]}") from error
+                try:
+                    row = json.loads(line.decode("utf-8"))
+                except ValueError:
+                    continue
+                try:
+                    yield Click(row["text"], tuple(row["like"]), row["id"], row["relevant"], row["when"])
+                except (KeyError, TypeError) as error:
+                    raise StoreError(f"{self.path} holds a line that is no click ({error}): {line[:80]!r}") from error
+
+    @property
+    def size(self) -> int:
+        """In bytes: what grows with every click."""
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def judged(self) -> list[Judged]:
         """Every question that got an answer, in the order in which they were first asked."""

@@ -7,6 +7,7 @@
     chroma/0002/      the same as a Chroma store; made from the two above, and made again where it is damaged
     chroma/0002-texts/  the items' texts as another one, where a text embedder has a space of its own (see `spaces`)
     fusion.json       how the answers of the two become one, where that was fitted
+    feedback.jsonl    what people said of hits; corrected.json how these questions were answered before the last model
     thumbs/           small pictures: of items whose source holds their pictures (a table, arrays) from the build on, of
                       files when they are first asked for
 
@@ -35,10 +36,11 @@ from twofold.data.atomic import write_atomically
 from twofold.data.decode import OnError, Skipped, skip_report, thumbnail
 from twofold.data.sources import Modality, Source, content_key, open_source
 from twofold.data.vectors import Vectors
-from twofold.errors import DataError, DecodeError, FingerprintMismatch, StoreError, UsageError, unknown
+from twofold.errors import BundleError, DataError, DecodeError, FingerprintMismatch, StoreError, UsageError, unknown
 from twofold.measure.embed import embed
 from twofold.models.bundle import Bundle, kept_meta
 from twofold.models.encoders import TextEncoder, fingerprint
+from twofold.retrieve.corrected import keep_answers
 from twofold.retrieve.layout import layout
 from twofold.retrieve.retriever import Picture, Retriever
 from twofold.retrieve.spaces import Row, Space, TextSpace, text_rows, texts_of
@@ -47,8 +49,10 @@ from twofold.retrieve.text_embedders import LocalEmbedder, TextEmbedder, text_em
 
 THUMBNAIL = 320  # pixels of the longer side
 CHUNK = 8192  # items whose vectors are in memory at once
-ENTRIES = {"index.json", "model", "vectors", "items", "chroma", "thumbs", "feedback.jsonl", "map", "twofold.lock"}
-ENTRIES |= {"fusion.json"}
+ENTRIES = {
+    *("index.json", "model", "vectors", "items", "chroma", "thumbs", "map", "twofold.lock"),
+    *("feedback.jsonl", "corrected.json", "fusion.json"),
+}
 
 Existing = Literal["keep", "prune", "replace"]
 Progress = Callable[[int, int], None]
@@ -216,6 +220,8 @@ class Index:
             new = absent | found
             if not new:
                 raise DataError(f"{source.name} gives nothing to search in. {skip_report(skipped, len(source))}")
+            if was and was.bundle != head.bundle:
+                _keep_answers(out)
             made = 0
             if embedder is None:
                 new = {name: item._replace(texts=()) for name, item in new.items()}
@@ -600,6 +606,12 @@ def _asked_by(space: Space | None, bundle: Bundle) -> TextEmbedder:
         if isinstance(tower.encoder, TextEncoder) and fingerprint(tower.encoder) == space.fingerprint:
             return LocalEmbedder(space.embedder, tower.encoder)
     return text_embedder(space.embedder)
+
+
+def _keep_answers(path: Path) -> None:
+    """Before another model comes in: how the one that is there answers what people judged."""
+    with contextlib.suppress(StoreError, FingerprintMismatch, BundleError), contextlib.closing(Index.open(path)) as old:
+        keep_answers(old)  # an index that cannot be opened any more has no answers to keep
 
 
 def _healthy(path: Path, head: Head, items: dict[str, Item]) -> bool:

@@ -5,6 +5,7 @@
     POST /api/v1/search/picture   the same with a picture
     GET  /api/v1/item         one item; its picture under /api/v1/picture
     POST /api/v1/feedback     this hit was meant, or was not
+    GET  /api/v1/corrected    what that changed: judged questions, answered by the model before and now
     GET  /health /ready /metrics
 
 Every answer carries X-Request-ID, every error is JSON that says what to do. No address is ever fetched on a client's
@@ -13,6 +14,7 @@ behalf, and no file outside the indexed folders is ever read.
 
 import json
 import logging
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -37,6 +39,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twofold import __version__
 from twofold.errors import DecodeError, EmbedderError, StoreError, TwofoldError
+from twofold.retrieve.corrected import Corrected, change
 from twofold.retrieve.feedback import Click
 from twofold.retrieve.filters import parse_where
 from twofold.retrieve.store import Hit, Via
@@ -48,6 +51,7 @@ SECONDS = 20.0  # that a search may take
 MAP_SECONDS = 600.0  # that laying out a map may take; it is kept
 AT_ONCE = 4  # searches that compute side by side; more wait
 COOKIE = "twofold_key"
+FIGURES = ("rank", "first", "wrong")  # of a `Change`, before and after
 PAGE = ("index.html", "style.css", "app.js", "map.js")
 POLICY = "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
@@ -141,6 +145,30 @@ class Said(BaseModel):
     relevant: bool
     text: Words | None = None
     like: list[Id] = Field([], max_length=50)
+
+
+class Place(Item):
+    before: int | None = Field(description="where it stood with the model before, 1 is best; null beyond the first 100")
+    after: int | None = Field(description="where it stands now")
+    relevant: bool | None = Field(None, description="what was said of it; null where nobody said anything")
+
+
+class CorrectedQuestion(BaseModel):
+    """A question that was judged, as it was answered by the model before and is answered now."""
+
+    text: str | None
+    like: list[str]
+    before: list[Place] = Field(description="the first hits of the model before")
+    after: list[Place] = Field(description="the first hits now")
+    judged: list[Place] = Field(description="the items that were judged")
+
+
+class Corrections(BaseModel):
+    questions: list[CorrectedQuestion]
+    right: int = Field(description="questions that have an item found right")
+    rank: tuple[float, float] | None = Field(description="mean place of the first of these, before and after")
+    first: tuple[float, float] | None = Field(description="share of them that have it in the first place, 0..1")
+    wrong: tuple[float, float] | None = Field(description="items found wrong among the first ten, a question")
 
 
 class Problem(BaseModel):
@@ -306,6 +334,11 @@ def app(
         await compute(partial(service.judge, click))
         return Response(status_code=204)
 
+    @api.get("/api/v1/corrected", dependencies=[Reader])
+    async def corrected(hits: Annotated[int, Query(ge=1, le=50)] = 8) -> Corrections:
+        """The questions that were judged before the index got its last model: how they were answered then, and now."""
+        return await compute(partial(_corrections, service, hits))
+
     @api.post("/api/v1/session", status_code=204, response_class=Response, include_in_schema=False)
     async def session(request: Request) -> Response:
         """For the page: keep the key of the Authorization header in a cookie that scripts cannot read."""
@@ -383,6 +416,34 @@ def app(
 def _found(hit: Hit) -> Found:
     spaces = [FoundIn(**place._asdict()) for place in hit.spaces]
     return Found(id=hit.id, score=hit.score, meta=hit.meta, probability=hit.probability, spaces=spaces)
+
+
+def _corrections(service: Service, hits: int) -> Corrections:
+    rows = service.corrected()
+
+    def place(row: Corrected, id: str) -> Place:
+        said = True if id in row.judged.positives else False if id in row.judged.negatives else None
+        before, after = (answer.rank([id]) for answer in (row.before, row.after))
+        return Place(id=id, meta=meta.get(id, {}), before=before, after=after, relevant=said)
+
+    shown = [[*row.before.ids[:hits], *row.after.ids[:hits], *row.judged.positives, *row.judged.negatives] for row in rows]
+    meta = service.columns_of({id for ids in shown for id in ids})
+    come = change(rows)
+    figures = {name: None if math.isnan(pair[0]) else pair for name, pair in come._asdict().items() if name in FIGURES}
+    return Corrections(
+        questions=[
+            CorrectedQuestion(
+                text=row.judged.text,
+                like=list(row.judged.like),
+                before=[place(row, id) for id in row.before.ids[:hits]],
+                after=[place(row, id) for id in row.after.ids[:hits]],
+                judged=[place(row, id) for id in (*row.judged.positives, *row.judged.negatives)],
+            )
+            for row in rows
+        ],
+        right=come.right,
+        **figures,
+    )
 
 
 def _problem(request: Request, status: int, said: str, headers: Any = None) -> JSONResponse:

@@ -67,6 +67,10 @@ class Client:
         """Say that a hit was what was meant, or was not."""
         self._call("POST", "/api/v1/feedback", json={"id": id, "relevant": relevant, "text": text, "like": list(like)})
 
+    def corrected(self) -> dict[str, Any]:
+        """Judged questions with the answers of the model before and now, and what these come to."""
+        return self._call("GET", "/api/v1/corrected")
+
     def facts(self) -> dict[str, Any]:
         """What is served: items, modality, model, columns to filter by."""
         return self._call("GET", "/api/v1/facts")

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from twofold.data.decode import Raw, thumbnail
 from twofold.errors import EmbedderError, StoreError
+from twofold.retrieve.corrected import Corrected, corrected
 from twofold.retrieve.feedback import Click, Feedback
 from twofold.retrieve.index import THUMBNAIL, Index, keep_thumbnail, thumbnail_place
 from twofold.retrieve.store import Hit, Where
@@ -38,7 +39,7 @@ class Service:
     def __init__(self, path: Path | str, *, roots: Sequence[Path | str] = ()):
         self.path = Path(path)
         self.feedback = Feedback(self.path)
-        self._lock, self._laying = threading.Lock(), threading.Lock()
+        self._lock, self._laying, self._comparing = threading.Lock(), threading.Lock(), threading.Lock()
         self._open = Index.open(self.path)
         self._looked = time.monotonic()
         source = Path(self._open.head.source)
@@ -46,6 +47,7 @@ class Service:
         given = [Path(root) for root in roots] or home
         self.roots = [root.resolve() for root in given]
         self._columns: tuple[str, list[Column]] | None = None
+        self._corrected: tuple[tuple[str, int], list[Corrected]] | None = None
         if "text" in self._open.bundle.towers or self._open.head.texts:  # the first search shall not be the slow one
             with contextlib.suppress(EmbedderError):
                 self._open.search("warm", k=1)
@@ -83,6 +85,17 @@ class Service:
     def item(self, id: str) -> dict[str, Any]:
         """An item's columns; StoreError where there is none."""
         return self.index.store.meta([id])[0]
+
+    def columns_of(self, ids: Collection[str]) -> dict[str, dict[str, Any]]:
+        """The columns of those of `ids` that are there."""
+        named = sorted(ids)
+        with contextlib.suppress(StoreError):
+            return dict(zip(named, self.index.store.meta(named), strict=True)) if named else {}
+        found = {}
+        for name in named:  # one of them is gone
+            with contextlib.suppress(StoreError):
+                found[name] = self.item(name)
+        return found
 
     def picture(self, id: str, *, large: bool = False) -> bytes | None:
         """An item's picture as WebP, made anew from its pixels, so without what the file says of place and camera.
@@ -138,9 +151,22 @@ class Service:
             return self.index.map()
 
     def judge(self, click: Click) -> None:
-        """Keep what somebody said of a hit; StoreError for an item that is not there."""
-        self.item(click.id)
-        self.feedback.add(click)
+        """Keep what somebody said of a hit; StoreError for an item that is not there, or a disk that is full."""
+        for name in (click.id, *click.like):
+            self.item(name)
+        try:
+            self.feedback.add(click)
+        except OSError as error:
+            raise StoreError(f"What was said cannot be kept: {self.feedback.path}: {error.strerror}.") from error
+
+    def corrected(self) -> list[Corrected]:
+        """What the model that is served answers to judged questions, beside the one before it."""
+        index = self.index
+        with self._comparing:
+            state = index.head.snapshot, self.feedback.size
+            if self._corrected is None or self._corrected[0] != state:
+                self._corrected = state, corrected(index)
+            return self._corrected[1]
 
     def close(self) -> None:
         self._open.close()
