@@ -1,8 +1,9 @@
 """How results look in a terminal: tables that the command line and the demo share."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from twofold.measure.calibrate import Calibrated
@@ -12,10 +13,12 @@ from twofold.measure.metrics import Interval
 from twofold.measure.policy_audit import Audit, Finding
 from twofold.measure.retrieval import Retrieval
 from twofold.measure.zero_shot import ZeroShot
+from twofold.retrieve.corrected import DEEP, Change, Corrected
 from twofold.retrieve.store import Hit
 from twofold.train.compare_policies import Comparison
 
 CONSOLE = Console()
+QUESTIONS = 20  # judged questions that are shown one by one
 
 
 def table(*columns: str) -> Table:
@@ -213,3 +216,20 @@ def comparison_table(compared: Comparison) -> Table:
         "[dim]chance[/dim]", *(f"[dim]{chance[k]:.3f}[/dim]" if k in chance else "" for k in ("retrieval", "knn"))
     )
     return made
+
+
+def corrected_tables(rows: Sequence[Corrected], come: Change) -> Iterable[Table]:
+    """What was asked, where the item found right stood and stands, and what all of it comes to."""
+    made = table("judged questions", "right", "wrong", "place before", "now")
+    for row in rows[:QUESTIONS]:
+        asked = " + ".join(filter(None, (row.judged.text, *(f"like {id}" for id in row.judged.like))))
+        places = [f"> {DEEP}" if rank is None else str(rank) for rank in row.ranks]
+        found = places if row.judged.positives else ["", ""]
+        made.add_row(escape(asked[:44]), str(len(row.judged.positives)), str(len(row.judged.negatives)), *found)
+    yield made
+    sums = table(f"all {come.questions:,}" if len(rows) > QUESTIONS else "together", "before", "now")
+    if come.right:
+        sums.add_row("mean place of the right one", *(f"{place:.1f}" for place in come.rank))
+        sums.add_row("right one in the first place", *(f"{share:.3f}" for share in come.first))
+    sums.add_row("wrong ones among the first ten", *(f"{count:.2f}" for count in come.wrong))
+    yield sums

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from twofold.cli.flags import Data, Folder, OnError, verb
-from twofold.cli.show import print_checked, print_json, print_skipped, write_csv
+from twofold.cli.show import print_checked, print_corrected, print_json, print_skipped, write_csv
 
 Made = Annotated[Path | None, arg(metavar="INDEX")]
 
@@ -26,18 +26,21 @@ def index(
     check: Made = None,
     repair: Made = None,
     duplicates: Made = None,
+    corrected: Made = None,
     csv: Annotated[Path | None, arg(metavar="FILE")] = None,
     json: bool = False,
 ) -> None:
     """Make a collection searchable. Run it again after changes: only what is new is embedded.
 
-    --check, --repair and --duplicates look after an index that is there; --check ends with 1 where it finds anything.
+    --check, --repair, --duplicates and --corrected are about an index that is there; --check ends with 1 where it finds
+    anything.
 
     examples:
       twofold index photos/ --model runs/b --out photos.index
       twofold index photos/ --model runs/b --out photos.index --existing prune
       twofold index --check photos.index
       twofold index --duplicates photos.index --csv twice.csv
+      twofold index --corrected photos.index
 
     Args:
         source: what shall be found
@@ -50,13 +53,15 @@ def index(
         check: hold the parts of this index against each other; changes nothing
         repair: mend this index: embed what is lost again, drop what is gone, make its store anew
         duplicates: list the pictures that this index has twice, or nearly so
+        corrected: show how this index answered judged questions before it got its last model, and how it does now
         csv: with --duplicates, a file for the list
         json: print the result as JSON
     """
     from twofold.errors import UsageError
     from twofold.progress import Line
 
-    chosen = [name for name, one in (("check", check), ("repair", repair), ("duplicates", duplicates)) if one]
+    about = {"check": check, "repair": repair, "duplicates": duplicates, "corrected": corrected}
+    chosen = [name for name, one in about.items() if one]
     if len(chosen) > 1 or (chosen and (source is not None or model or out)):
         raise UsageError(f"--{chosen[0]} takes an index and goes alone: `twofold index --{chosen[0]} photos.index`.")
     if csv and not duplicates:
@@ -67,6 +72,8 @@ def index(
         _repair(repair, json)
     elif duplicates:
         _duplicates(duplicates, csv, json)
+    elif corrected:
+        _corrected(corrected, json)
     elif source is None or model is None or out is None:
         raise UsageError("Three things are needed: `twofold index SOURCE --model MODEL --out INDEX`.")
     else:
@@ -146,3 +153,20 @@ def _duplicates(path: Path, csv: Path | None, json: bool) -> None:
         print(f"  {len(group)}×  " + "  ".join(f"{twin.id} ({twin.kind})" for twin in group[:6]))
     more = sum(len(group) - 1 for group in groups)
     print(f"  {len(groups):,} groups, {more:,} items more than there are pictures" + (f"; {csv}" if csv else ""))
+
+
+def _corrected(path: Path, json: bool) -> None:
+    from contextlib import closing
+
+    from twofold.retrieve.corrected import change, corrected
+    from twofold.retrieve.index import Index
+
+    with closing(Index.open(path)) as opened:
+        rows = corrected(opened)
+    come = change(rows)
+    if json:
+        print_json({"change": come, "questions": [row._asdict() | {"ranks": row.ranks} for row in rows]})
+    elif not rows:
+        print(f"  {path} answers nothing that was judged with another model than before")
+    else:
+        print_corrected(rows, come)

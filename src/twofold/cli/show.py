@@ -83,6 +83,13 @@ def print_checked(checked: Any) -> None:
         print(f"  twofold index --repair {checked.path} mends this")
 
 
+def print_corrected(rows: list, come: Any) -> None:
+    """Judged questions with the place of what was found right, before and now, and their means."""
+    from twofold.terminal import CONSOLE, corrected_tables
+
+    CONSOLE.print(*corrected_tables(rows, come), sep="\n")
+
+
 def print_calibrated(done: Any) -> None:
     from twofold.terminal import CONSOLE, calibration_tables
 

@@ -8,7 +8,6 @@ The answers of now are asked for anew, so they are those of the index as it is.
 import contextlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from twofold.data.atomic import write_atomically

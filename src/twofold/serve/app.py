@@ -426,7 +426,9 @@ def _corrections(service: Service, hits: int) -> Corrections:
         before, after = (answer.rank([id]) for answer in (row.before, row.after))
         return Place(id=id, meta=meta.get(id, {}), before=before, after=after, relevant=said)
 
-    shown = [[*row.before.ids[:hits], *row.after.ids[:hits], *row.judged.positives, *row.judged.negatives] for row in rows]
+    shown = [
+        [*row.before.ids[:hits], *row.after.ids[:hits], *row.judged.positives, *row.judged.negatives] for row in rows
+    ]
     meta = service.columns_of({id for ids in shown for id in ids})
     come = change(rows)
     figures = {name: None if math.isnan(pair[0]) else pair for name, pair in come._asdict().items() if name in FIGURES}
