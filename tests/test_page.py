@@ -100,7 +100,7 @@ def ask(page, text: str) -> None:
 
 
 def captions(page) -> list[str]:
-    return page.locator("#results .caption").all_inner_texts()
+    return page.locator("#results .caption").all_text_contents()
 
 
 def test_words_find_and_the_address_keeps_them(page):

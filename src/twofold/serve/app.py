@@ -3,6 +3,7 @@
     GET  /                    the page
     POST /api/v1/search       words, items and filters in, hits out
     POST /api/v1/search/picture   the same with a picture
+    POST /api/v1/items        items as they come, nothing being looked for
     GET  /api/v1/item         one item; its picture under /api/v1/picture
     POST /api/v1/feedback     this hit was meant, or was not
     GET  /api/v1/corrected    what that changed: judged questions, answered by the model before and now
@@ -49,17 +50,23 @@ from twofold.serve.service import Service
 UPLOAD = 20 << 20  # bytes of a request
 SECONDS = 20.0  # that a search may take
 MAP_SECONDS = 600.0  # that laying out a map may take; it is kept
+CHOSEN = 100_000  # items that a search may be kept to
 AT_ONCE = 4  # searches that compute side by side; more wait
 COOKIE = "twofold_key"
 FIGURES = ("rank", "first", "wrong")  # of a `Change`, before and after
-PAGE = ("index.html", "style.css", "app.js", "map.js")
-POLICY = "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+PAGE = ("index.html", "style.css", "app.js", "changes.js", "element.js", "map.js")
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob: data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 log = logging.getLogger("twofold.serve")
 T = TypeVar("T")
 
 Id = Annotated[str, Field(min_length=1, max_length=4096)]
 Words = Annotated[str, Field(max_length=10_000)]
+Filters = list[Annotated[str, Field(max_length=1000)]]
+Chosen = list[Id] | None
 
 
 class Wanted(BaseModel):
@@ -75,9 +82,21 @@ class Wanted(BaseModel):
     spread: float = Field(0.0, ge=0, le=1, description="how much the hits shall differ from each other")
     distinct: float | None = Field(None, ge=-1, le=1, description="leave out hits of this cosine with a better one")
     via: Via = Field("both", description="which of the index's spaces answers words")
-    where: list[Annotated[str, Field(max_length=1000)]] = Field([], max_length=50, description="filters: column=value")
+    where: Filters = Field([], max_length=50, description="filters: column=value")
+    within: Chosen = Field(None, max_length=CHOSEN, description="these items only, each of them compared")
     k: int = Field(24, ge=1, le=200, description="how many hits")
     offset: int = Field(0, ge=0, le=10_000, description="how many to pass over first")
+
+
+class Browsed(BaseModel):
+    """Which items to list, without looking for anything."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    where: Filters = Field([], max_length=50, description="filters: column=value")
+    within: Chosen = Field(None, max_length=CHOSEN, description="these items only")
+    k: int = Field(24, ge=1, le=200, description="how many")
+    offset: int = Field(0, ge=0, description="how many to pass over first")
 
 
 class Item(BaseModel):
@@ -116,6 +135,11 @@ class SpaceFacts(BaseModel):
     embedder: str = Field(description="the text embedder's name; empty for the model's own space")
 
 
+class Listed(BaseModel):
+    hits: list[Item]
+    more: bool = Field(description="whether there are further items behind `offset + k`")
+
+
 class Facts(BaseModel):
     """What is served."""
 
@@ -127,6 +151,7 @@ class Facts(BaseModel):
     built: str
     version: str
     writes: bool = Field(description="whether this caller may give feedback")
+    corrected: bool = Field(description="whether judged questions were answered by another model before")
     columns: dict[str, list[tuple[str | int | float | bool, int]]]
 
 
@@ -306,8 +331,17 @@ def app(
             built=opened.head.built,
             version=__version__,
             writes=held == "write",
+            corrected=bool(await compute(service.corrected)),
             columns={column.name: column.values for column in columns},
         )
+
+    @api.post("/api/v1/items", dependencies=[Reader])
+    async def items(browsed: Browsed) -> Listed:
+        """Items in the order of their source, nothing being looked for."""
+        where = parse_where(browsed.where)
+        wanted = browsed.model_dump(include={"within", "offset"}) | {"where": where, "k": browsed.k + 1}
+        found = await compute(partial(service.browse, **wanted))
+        return Listed(hits=[Item(id=hit.id, meta=hit.meta) for hit in found[: browsed.k]], more=len(found) > browsed.k)
 
     @api.get("/api/v1/item", dependencies=[Reader])
     async def item(id: Annotated[Id, Query()]) -> Item:

@@ -1,6 +1,7 @@
 """An index that stays open for many: warm, one search beside the other, and up to date when a build has ended."""
 
 import contextlib
+import itertools
 import threading
 import time
 from collections import Counter
@@ -14,7 +15,10 @@ from twofold.data.decode import Raw, thumbnail
 from twofold.errors import EmbedderError, StoreError
 from twofold.retrieve.corrected import Corrected, corrected
 from twofold.retrieve.feedback import Click, Feedback
+from twofold.retrieve.filters import compiled, matches
 from twofold.retrieve.index import THUMBNAIL, Index, keep_thumbnail, thumbnail_place
+from twofold.retrieve.part import Part
+from twofold.retrieve.retriever import Retriever
 from twofold.retrieve.store import Hit, Where
 
 LARGE = 1600  # pixels of the longer side of a picture that is looked at alone
@@ -47,6 +51,7 @@ class Service:
         given = [Path(root) for root in roots] or home
         self.roots = [root.resolve() for root in given]
         self._columns: tuple[str, list[Column]] | None = None
+        self._chosen: tuple[tuple[str, frozenset[str]], Retriever] | None = None
         self._corrected: tuple[tuple[str, int], list[Corrected]] | None = None
         if "text" in self._open.bundle.towers or self._open.head.texts:  # the first search shall not be the slow one
             with contextlib.suppress(EmbedderError):
@@ -67,13 +72,19 @@ class Service:
             return self._open
 
     def search(
-        self, *, image: Raw | None = None, where: Where | None = None, **wanted: Any
+        self,
+        *,
+        image: Raw | None = None,
+        where: Where | None = None,
+        within: Collection[str] | None = None,
+        **wanted: Any,
     ) -> tuple[list[Hit], list[str]]:
         """`Retriever.search` on the newest state, and what to know of its answer.
 
-        Where a text embedder elsewhere does not answer, the items' own space does, and a note says so.
+        `within` leaves these items only, compared one by one with their own vectors. Where a text embedder elsewhere
+        does not answer, the items' own space does, and a note says so.
         """
-        index = self.index
+        index = self.index if within is None else self._part(within)
         try:
             return index.search(image=image, where=where, **wanted), []
         except EmbedderError as error:
@@ -81,6 +92,29 @@ class Service:
                 raise
             found = index.search(image=image, where=where, **{**wanted, "via": "items"})
             return found, [f"The texts could not be asked; these are found without them. {error}"]
+
+    def _part(self, ids: Collection[str]) -> Retriever:
+        """A search among some items; the last one is kept, since one who chose them asks more than once."""
+        index, names = self.index, frozenset(ids)
+        with self._lock:
+            kept = self._chosen
+        if kept is None or kept[0] != (index.head.snapshot, names):
+            kept = (index.head.snapshot, names), Retriever(index.bundle, Part(index.store, names))
+            with self._lock:
+                self._chosen = kept
+        return kept[1]
+
+    def browse(
+        self, *, k: int, offset: int = 0, where: Where | None = None, within: Collection[str] | None = None
+    ) -> list[Hit]:
+        """Items in the order of their source, without a question, so without scores."""
+        names, rule = None if within is None else frozenset(within), compiled(where)
+        found = (
+            Hit(id, 0.0, meta)
+            for id, meta in self.index.items()
+            if (names is None or id in names) and matches(rule, meta)
+        )
+        return list(itertools.islice(found, offset, offset + k))
 
     def item(self, id: str) -> dict[str, Any]:
         """An item's columns; StoreError where there is none."""

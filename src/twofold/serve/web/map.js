@@ -3,9 +3,12 @@
 const MOST = 400; // pictures at once
 
 export class Map2D {
-  /** `layout`: ids with x and y, each in 0..1. `ask.picture(id)` is the address of a small picture. */
+  /**
+   * `layout`: ids with x and y, each in 0..1. `ask.picture(id)` is the address of a small picture; `onopen(id)`,
+   * `onchoose(ids or null)` and `onlasso(on)` say what was done.
+   */
   constructor(canvas, layout, ask) {
-    Object.assign(this, { canvas, layout, ask, lit: new Set(), chosen: null, lasso: null, pictures: new Map() });
+    Object.assign(this, { canvas, layout, ask, lit: new Set(), chosen: null, lasso: null, drawing: false, pictures: new Map() });
     this.view = { x: 0.5, y: 0.5, zoom: 1 };
     this.pen = canvas.getContext("2d");
     new ResizeObserver(() => this.draw()).observe(canvas);
@@ -18,9 +21,28 @@ export class Map2D {
     this.fingers = new Map();
   }
 
-  light(ids) { this.lit = ids; }
+  light(ids) { this.lit = ids; this.draw(); }
 
-  choose(ids) { this.chosen = ids; this.draw(); }
+  /** Choose these items, or none; `quiet` tells nobody. */
+  choose(ids, { quiet = false } = {}) {
+    this.chosen = ids;
+    if (!quiet) this.ask.onchoose(ids);
+    this.draw();
+  }
+
+  /** Whether dragging draws a lasso, without Shift. */
+  draws(on) {
+    this.drawing = on;
+    this.canvas.classList.toggle("draws", on);
+    this.ask.onlasso(on);
+  }
+
+  zoomBy(factor) { this.zoom(factor, this.canvas.clientWidth / 2, this.canvas.clientHeight / 2); }
+
+  whole() {
+    this.view = { x: 0.5, y: 0.5, zoom: 1 };
+    this.draw();
+  }
 
   get scale() { return 0.92 * Math.min(this.canvas.clientWidth, this.canvas.clientHeight) * this.view.zoom; }
 
@@ -43,7 +65,7 @@ export class Map2D {
     this.canvas.setPointerCapture(event.pointerId);
     this.fingers.set(event.pointerId, [event.offsetX, event.offsetY]);
     this.moved = 0;
-    this.lasso = event.shiftKey ? [[event.offsetX, event.offsetY]] : null;
+    this.lasso = event.shiftKey || this.drawing ? [[event.offsetX, event.offsetY]] : null;
   }
 
   move(event) {
@@ -68,8 +90,8 @@ export class Map2D {
     this.fingers.delete(event.pointerId);
     if (this.lasso && this.lasso.length > 2) {
       const inside = new Set(this.layout.ids.filter((_, index) => within(this.place(index), this.lasso)));
-      this.chosen = inside.size ? inside : null;
-      this.ask.onchoose(this.chosen);
+      this.draws(false);
+      this.choose(inside.size ? inside : null);
     } else if (this.moved < 5) {
       const [index, far] = this.nearest(event.offsetX, event.offsetY);
       if (far < 24) this.ask.onopen(this.layout.ids[index]);
@@ -80,8 +102,8 @@ export class Map2D {
 
   key(event) {
     const step = 40 / this.scale;
-    const act = { "+": () => this.zoom(1.3, this.canvas.clientWidth / 2, this.canvas.clientHeight / 2),
-      "-": () => this.zoom(1 / 1.3, this.canvas.clientWidth / 2, this.canvas.clientHeight / 2),
+    const act = { "+": () => this.zoomBy(1.3), "-": () => this.zoomBy(1 / 1.3), 0: () => this.whole(),
+      Escape: () => (this.drawing ? this.draws(false) : this.choose(null)),
       ArrowLeft: () => { this.view.x -= step; }, ArrowRight: () => { this.view.x += step; },
       ArrowUp: () => { this.view.y -= step; }, ArrowDown: () => { this.view.y += step; } }[event.key];
     if (!act) return;
