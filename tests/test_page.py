@@ -3,6 +3,7 @@
 Needs Playwright and a Chromium on the PATH; without them these tests are skipped.
 """
 
+import base64
 import shutil
 import threading
 from contextlib import closing
@@ -40,6 +41,14 @@ CONTRAST = """() => {
         const ink = light(document.querySelector(name), 'color');
         return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
     });
+}"""
+
+DROP = """(content) => {
+    const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+    const dragged = new DataTransfer();
+    dragged.items.add(new File([bytes], 'dropped.png', { type: 'image/png' }));
+    for (const type of ['dragenter', 'drop'])
+        dispatchEvent(new DragEvent(type, { dataTransfer: dragged, bubbles: true, cancelable: true }));
 }"""
 
 PAINTED = """() => {
@@ -196,13 +205,46 @@ def test_words_against_looks(page):
     page.wait_for_selector(".chip.plus")
     ask(page, "something else")
     page.wait_for_selector("#mix:not([hidden])")
-    mixed = captions(page)
-    page.evaluate(
-        "() => { const w = document.querySelector('#weight'); w.value = 1; w.dispatchEvent(new Event('change')); }"
-    )
+    mixed, shown = captions(page), page.text_content("#results")
+    page.focus("#weight")
+    page.keyboard.press("End")
     page.wait_for_function("location.search.includes('weight=0')")
+    page.wait_for_function("before => document.querySelector('#results').textContent !== before", arg=shown)
+    assert captions(page) != mixed and page.get_attribute("#weight", "aria-valuetext") == "0 % words, 100 % looks"
+
+
+def test_filters_alone_list_what_they_leave(page):
+    page.wait_for_function("document.querySelectorAll('button.hit').length === 48")  # before anything is asked
+    assert page.locator(".score").count() == 0
+    page.keyboard.press("f")
+    if page.is_hidden("#filters"):  # the search box had the focus, and took the letter
+        page.click("#filters-toggle")
+    page.check("input[value='group=flags']")
+    page.wait_for_selector("#status:has-text('in this part')")
+    assert all("flag" in caption.lower() for caption in captions(page))
+
+
+def test_help_lists_the_keys_and_escape_leads_back(page):
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("?")
+    page.wait_for_selector("#help[open]")
+    assert "more like this" in page.inner_text("#help")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#help:not([open])", state="attached")
+    ask(page, "a face")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("a")  # on a tile: an example beside the words
+    page.wait_for_selector(".chip.plus")
+    assert page.input_value("#text") == "a face" and page.is_visible("#mix")
+
+
+def test_a_picture_is_dropped(page, served):
+    content = openmoji().take(range(0, 4450, 30)).take([7]).images[0]
+    page.evaluate(DROP, base64.b64encode(content).decode())
+    page.wait_for_selector(".chip:has-text('dropped.png')")
     page.wait_for_selector("#status:has-text(' ms')")
-    assert captions(page) != mixed
+    with closing(Index.open(served[1])) as index:
+        assert captions(page)[0] == index.search(image=content, k=1)[0].meta["text"]
 
 
 def test_nothing_is_wider_than_a_phone(page):
@@ -246,3 +288,14 @@ def test_the_map_shows_the_collection_and_a_lasso_chooses(page):
     page.mouse.up()
     page.keyboard.up("Shift")
     page.wait_for_selector(".chip:has-text('149 chosen on the map')")
+    page.click("#map-lasso")  # by touch there is no Shift
+    page.mouse.move(box["x"] + 5, box["y"] + 60)
+    page.mouse.down()
+    for x, y in ((0.5, 0.1), (0.5, 1), (0, 1)):
+        page.mouse.move(box["x"] + 5 + x * (box["width"] - 10), box["y"] + 5 + y * (box["height"] - 10))
+    page.mouse.up()
+    page.wait_for_function("!document.querySelector('.chip.filter').textContent.startsWith('149')")
+    part = int(page.inner_text(".chip.filter span").split()[0])
+    page.click("text=Show them")
+    page.wait_for_function(f"document.querySelectorAll('button.hit').length === Math.min({part}, 48)")
+    assert 0 < part < 149
