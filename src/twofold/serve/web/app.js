@@ -120,8 +120,10 @@ async function search({ keep = false } = {}) {
 /** In words, what came back. */
 function tell(answer) {
   const none = Boolean(answer.none_fits && hits.length);
-  $("verdict").hidden = !none;
-  if (none) $("verdict").replaceChildren(element("b", {}, "No good match. "), "The nearest are shown, but none of them seems to be what you look for.");
+  const notes = answer.notes ?? [];
+  $("verdict").hidden = !none && !notes.length;
+  $("verdict").replaceChildren(
+    ...(none ? [element("b", {}, "No good match. "), "The nearest are shown, but none of them seems to be what you look for. "] : []), ...notes);
   if (asks()) {
     const count = more ? `The first ${hits.length.toLocaleString()}` : `${hits.length.toLocaleString()} found`;
     say(`${none ? "No good match. " : ""}${count} in ${Math.round(answer.milliseconds)} ms`);
@@ -257,9 +259,12 @@ function gauge(share) {
   return bar;
 }
 
-/** Which spaces an item was found in, where the service asks several. */
+/** Which spaces an item was found in, where the service asks several: its own, or that of its texts. */
 function spaces(hit) {
-  return Object.keys(hit.spaces ?? {}).map((name) => element("span", { class: "space" }, name));
+  return (hit.spaces ?? []).map(({ space, rank, text }) => {
+    const name = space === "texts" ? "text" : facts.modality;
+    return element("span", { class: "space", title: `number ${rank} by its ${name}${text ? `: ${text}` : ""}` }, `${name} ${rank}`);
+  });
 }
 
 function renderFilters() {
