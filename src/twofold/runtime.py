@@ -6,8 +6,10 @@ killed and resumed, or spread over several processes, sees the very same views.
 
 import hashlib
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,6 +29,19 @@ def cache_dir() -> Path:
     """Where decoded pictures and embedded vectors are kept: `$TWOFOLD_CACHE`, else the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TWOFOLD_CACHE") or Path(home) / "twofold")
+
+
+def environment() -> dict[str, str | int]:
+    """Where this runs: machine, device, threads, and the versions of what decides a result."""
+    there = device()
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name(there) if there.type == "cuda" else there.type,
+        "processes": world()[1],
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("twofold", "torch", "timm", "transformers", "numpy")},
+    }
 
 
 def seed_of(*parts: int | str) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from twofold.measure.collapse import Health
 from twofold.methods import METHODS
 from twofold.methods.facts import FACTS
+from twofold.models.ema import rising
 
 POINT = 0.03  # spread of directions: below it all of them are one, up to noise
 SHEET = 0.01  # effective rank over width: below it embeddings lie in a thin sheet
@@ -26,6 +27,7 @@ AGREED = 0.9  # views that agree so well have nothing left to learn from each ot
 SANK = 0.5  # of its own highest: with views that agree, such a rank says that they agree on nothing
 ENOUGH = 5  # lines of a log: with fewer nothing is said
 VARIANCE = 0.05  # of a target that is normalised to 1
+HELD = 0.5  # of a slow copy's weights: as much of its start it should not still hold in the end
 
 
 class Verdict(NamedTuple):
@@ -53,7 +55,7 @@ def diagnose(log: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> lis
         ]
     course = _Course(lines, record)
     alarms = (_one_point, _agreed, _no_targets, _hot, _at_chance, _worse_than_chance, _cold)
-    rules = (*alarms, _easy, _solved, _sheet, _rank_fell)
+    rules = (*alarms, _easy, _solved, _sheet, _rank_fell, _target_lags)
     found: list[Verdict] = []
     for rule in rules:
         verdict = rule(course, {each.name for each in found})
@@ -144,6 +146,10 @@ class _Course:
         self.rate = record.get("optimizer", {}).get("lr")
         self.loss, self.chance = self.end("loss"), lines[-1].get("chance")
         self.floor = self._floor()
+
+    @property
+    def started_trained(self) -> bool:
+        return str(self.record.get("encoder", "")).startswith(("run:", "local:"))
 
     def of(self, name: str) -> list[float]:
         return [line[name] for line in self.lines if isinstance(line.get(name), int | float)]
@@ -325,7 +331,7 @@ def _cold(run: _Course, found: set[str]) -> Verdict | None:
 def _easy(run: _Course, found: set[str]) -> Verdict | None:
     """An untrained network knows next to nothing: what it finds partners by is not what the pictures show."""
     first = run.lines[0]
-    fresh = first.get("step") == 1 and not str(run.record.get("encoder", "")).startswith(("run:", "local:"))
+    fresh = first.get("step") == 1 and not run.started_trained
     if not fresh or run.floor is None or run.chance is None or run.name != "simclr" or found:
         return None  # a queue begins with random keys, far from everything
     come = (run.chance - first["loss"]) / max(run.chance - run.floor, 1e-9)
@@ -386,6 +392,38 @@ def _rank_fell(run: _Course, found: set[str]) -> Verdict | None:
         "Probe an earlier checkpoint against the last; lower the learning rate, or add what keeps dimensions apart "
         "(barlow, vicreg, lejepa).",
     )
+
+
+def _target_lags(run: _Course, found: set[str]) -> Verdict | None:
+    """A copy that is slow for the length of the training makes targets of an untrained network."""
+    momentum, gap = run.option("momentum"), run.end("ema_gap")
+    steps, last = int(run.record.get("steps", 0)), int(run.lines[-1]["step"])
+    if momentum is None or gap is None or run.started_trained:
+        return None
+    patches = FACTS[run.name].patches if run.name else False
+    held = 1.0
+    for step in range(1, last + 1):
+        if run.name == "moco":
+            held *= momentum
+        elif patches:
+            held *= momentum + (1 - momentum) * step / steps
+        else:
+            held *= rising(momentum, step / steps)
+    if held < HELD:
+        return None
+    return Verdict(
+        "target lags",
+        "warn",
+        "The slow copy that makes the targets is mostly the untrained network still.",
+        f"with --momentum {momentum:g}, {100 * held:.0f} % of its weights after {last} steps are what they began as; it "
+        f"is {gap:.3f} of the weights' length away from the encoder",
+        f"Train longer, or lower --momentum: {_momentum_for(last):.3g} suits {steps} steps.",
+    )
+
+
+def _momentum_for(steps: int) -> float:
+    """A momentum whose memory is a tenth of the training."""
+    return max(0.0, 1 - 10 / max(steps, 11))
 
 
 def _well(run: _Course) -> Verdict:

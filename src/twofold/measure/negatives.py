@@ -39,6 +39,8 @@ class Microscope(NamedTuple):
     anchors: int
     negatives: float  # of an anchor, on average
     suspects: float  # the part of the negatives that are suspected to be false, 0..1
+    agreement: float  # the median cosine of an anchor and its positive
+    hardness: float  # the mean cosine of an anchor and the hardest hundredth of its negatives
     now: Shares
     curve: list[Shares]  # the same embeddings at other temperatures
     positive: list[float]  # histograms: the share of cosines in each of `BINS` bins over −1..1
@@ -84,6 +86,8 @@ def microscope(
         anchors=len(s),
         negatives=counts.float().mean().item(),
         suspects=(doubted.sum() / counts.sum()).item(),
+        agreement=s[positives].median().item(),
+        hardness=_hardest(s, negative),
         now=_shares(s, positives, negative, doubted, temperature),
         curve=[_shares(s, positives, negative, doubted, value) for value in temperatures],
         positive=_histogram(s[positives]),
@@ -145,6 +149,13 @@ def _shares(
         push=push.mean().item(),
         suspects=((suspected * push).sum() / total if total > 0 else suspected.mean()).item(),
     )
+
+
+def _hardest(s: Float[Tensor, "q m"], negative: Bool[Tensor, "q m"]) -> float:
+    ranked = s.masked_fill(~negative, -math.inf).sort(1, descending=True).values
+    top = (HARDEST * negative.sum(1)).ceil().long().clamp_min(1)
+    within = torch.arange(s.shape[1], device=s.device) < top[:, None]
+    return (ranked.masked_fill(~within, 0).sum(1) / top).mean().item()
 
 
 def _histogram(cosines: Float[Tensor, "p"]) -> list[float]:

@@ -18,6 +18,7 @@ class Ema(nn.Module):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.copy = deepcopy(module).requires_grad_(False)
+        self._followed = list(module.parameters())  # a plain list: they are not this module's own
 
     def forward(self, x: Any) -> Any:
         return self.copy(x)
@@ -25,7 +26,15 @@ class Ema(nn.Module):
     @torch.no_grad()
     def update(self, module: nn.Module, momentum: float) -> None:
         """Each parameter ← momentum · its own value + (1 − momentum) · that of `module`."""
-        torch._foreach_lerp_(list(self.copy.parameters()), list(module.parameters()), 1 - momentum)
+        self._followed = list(module.parameters())
+        torch._foreach_lerp_(list(self.copy.parameters()), self._followed, 1 - momentum)
+
+    @torch.no_grad()
+    def gap(self) -> float:
+        """How far the copy lags behind what it follows, 0..: the distance of their weights over the latter's length."""
+        apart = torch._foreach_norm(torch._foreach_sub(list(self.copy.parameters()), self._followed))
+        length = torch._foreach_norm(self._followed)
+        return (torch.stack(apart).norm() / torch.stack(length).norm().clamp_min(1e-12)).item()
 
 
 def rising(base: float, progress: float) -> float:

@@ -24,6 +24,7 @@ from twofold.errors import TrainingError, UsageError
 from twofold.measure.collapse import effective_rank, spread
 from twofold.measure.diagnosis import collapse_in
 from twofold.methods.base import Method, Out
+from twofold.models.ema import Ema
 from twofold.models.norm import synchronised
 from twofold.progress import TERMINAL, Line
 from twofold.train import checkpoint as checkpoints
@@ -110,7 +111,7 @@ def fit(
     chunk: int | None = None,
     save_every: int = 100,
     log_every: int = 10,
-    probes: Mapping[str, Callable[[Method], float]] = {},
+    probes: Mapping[str, Callable[[Method], float | Mapping[str, float]]] = {},
     watch: Watch | None = None,
     record: Mapping[str, Any] = {},
     fabric: Fabric | None = None,
@@ -120,9 +121,11 @@ def fit(
 ) -> Run:
     """Train `method` for `steps` steps into the folder `out`, going on from the checkpoint that lies there.
 
-    `out` receives run.json (what was asked for), log.jsonl and checkpoint.safetensors; the method is trained in place.
+    `out` receives run.json (what was asked for), environment.json (where it ran last), log.jsonl and
+    checkpoint.safetensors; the method is trained in place.
     `chunk` runs the encoders over so many rows at a time, for batches that memory does not hold: `train.cached`.
-    `probes` are evaluated where a checkpoint is written; `watch` stops early and keeps the best weights, which
+    `probes` are evaluated where a checkpoint is written, and what they find stands in that line of the log, by a probe's
+    name or by the names it gives; `watch` stops early and keeps the best weights, which
     best.safetensors holds. `record` is what else run.json shall hold (JSON values), and what a resumed run must agree
     with. Several processes: pass a launched `fabric`; BatchNorm then sees the batch of all of them, unless the method
     says otherwise. `profile` tells where the time of the first steps goes, and writes it to profile.json. Ctrl-C and
@@ -155,6 +158,9 @@ def fit(
         **({"watch": [watch.name, watch.every, watch.patience]} if watch else {}),
     }
     _agree(out / "run.json", asked, write=fabric.is_global_zero)
+    if fabric.is_global_zero:
+        environment = json.dumps(runtime.environment(), indent=1) + "\n"
+        write_atomically(out / "environment.json", lambda path: path.write_text(environment))
     method.to(memory_format=torch.channels_last)  # convolutions take a half to a third of the time
     raw = optimizer.build(method)
     model, stepper = fabric.setup(method, raw)
@@ -178,8 +184,8 @@ def fit(
     )
     profiler = Profiler(method) if profile and log is not None else None
 
-    def flush(done: int, result: Out, rate: float, scored: Mapping[str, float]) -> None:
-        """Look at the losses since the last flush; log the last one, with the score of the weights if it was taken."""
+    def flush(done: int, result: Out, rate: float, scored: Mapping[str, float], probed: Mapping[str, float]) -> None:
+        """Look at the losses since the last flush; log the last one, with what was found of the weights if it was."""
         # What is not finite in one process is so in the sum: all of them stop here, and none waits for one that did.
         losses = fabric.all_reduce(torch.stack(pending)).tolist()  # type: ignore[union-attr]
         pending.clear()
@@ -195,7 +201,8 @@ def fit(
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         if log is not None:
             parts = {name: float(value) for name, value in result.parts.items()}
-            log.write({"step": done, **figures, **parts, "lr": rate, "seconds": time.monotonic() - started})
+            parts |= {"ema_gap": part.gap() for part in method.modules() if isinstance(part, Ema)}
+            log.write({"step": done, **figures, **parts, **probed, "lr": rate, "seconds": time.monotonic() - started})
         line.update(done, steps, per_unit=batches.batch, figures=figures)
         if stop_on_collapse and (ill := fabric.broadcast(collapse_in(log.lines, asked) if log is not None else None)):
             raise TrainingError(
@@ -258,14 +265,13 @@ def fit(
                 stop = stopping(done) or enough
                 save = stop or done % save_every == 0
                 if save or scored or done == 1 or done % log_every == 0:  # step 1: what the untrained network gives
-                    flush(done, result, rate, scored)
+                    probed = _probed(method, probes) if save and log is not None and probes else {}
+                    flush(done, result, rate, scored, probed)
                 if save:
                     last_saved = done
                 if save and log is not None:
                     scaler = fabric.strategy.precision.state_dict()
                     checkpoints.save(out / CHECKPOINT, method, raw, step=done, scaler=scaler)
-                    if probes:
-                        log.write({"step": done, **_probed(method, probes)})
             if profiler and profiler.profile and (stop or profiler.complete):
                 report(profiler.profile)
             if enough:
@@ -311,10 +317,15 @@ def _agree(path: Path, record: dict[str, Any], *, write: bool) -> None:
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1) + "\n"))
 
 
-def _probed(method: Method, probes: Mapping[str, Callable[[Method], float]]) -> dict[str, float]:
+def _probed(
+    method: Method, probes: Mapping[str, Callable[[Method], float | Mapping[str, float]]]
+) -> dict[str, float]:
     method.eval()
+    values: dict[str, float] = {}
     with torch.no_grad():
-        values = {name: float(probe(method)) for name, probe in probes.items()}
+        for name, probe in probes.items():
+            found = probe(method)
+            values |= found if isinstance(found, Mapping) else {name: float(found)}
     method.train()
     return values
 

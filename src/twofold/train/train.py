@@ -35,6 +35,7 @@ from twofold.models.encoders import (
 from twofold.models.tokens import centred
 from twofold.progress import Line
 from twofold.train.align import linked, pair_batches
+from twofold.train.hardness import SAMPLE, hardness
 from twofold.train.loop import Run, fit
 from twofold.train.optim import Optimizer
 from twofold.views import PRESETS, Policy, policies
@@ -135,6 +136,7 @@ def train(
             seed=setting.seed,
             chunk=setting.chunk,
             save_every=setting.save_every,
+            probes=_probes(method, columns, setting.seed),
             record={
                 "data": data.name,
                 "items": len(kept),
@@ -151,6 +153,16 @@ def train(
         meta = {"method": name, "data": data.name, "skipped": len(skipped)}
         Bundle(method.towers(), meta, heads=method.heads()).save(Path(out) / "bundle")
     return run
+
+
+def _probes(method: Method, columns: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """How hard the negatives are, for methods that compare views of pictures behind a head."""
+    policies = getattr(method, "policies", ())
+    if "image" not in columns or not policies or "image" not in method.heads():
+        return {}
+    pictures = columns["image"][:SAMPLE]
+    sample = pictures.cpu() if isinstance(pictures, Tensor) else torch.tensor(np.asarray(pictures))
+    return {"hardness": hardness(sample, policies, temperature=getattr(method, "temperature", 0.2), seed=seed)}
 
 
 def _picture(setting: Setting, *, of_clips: bool) -> ImageEncoder:
