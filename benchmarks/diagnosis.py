@@ -45,7 +45,7 @@ COPIED = 64  # pictures of which each comes again and again
 
 
 class Plan(NamedTuple):
-    """A training: how its method is made, which verdicts recognise what is wrong with it (none, where it is healthy)."""
+    """A training: how its method is made, and which verdicts recognise what is wrong; none, if it is healthy."""
 
     make: Callable[[int], Method]
     expected: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from twofold.errors import DataError
 from twofold.methods import METHODS
 from twofold.models.encoders import image_encoder
 from twofold.models.heads import Head
-from twofold.train.train import Setting, _method, _policies, train
+from twofold.train.train import Setting, _method, policies_of, train
 from twofold.views import PRESETS
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
@@ -163,7 +163,7 @@ def test_a_method_draws_the_views_of_its_own_paper_unless_told():
         setting = Setting(encoder="timm:resnet18/4", size=16, small_stem=True, policy=policy)
         encoder = image_encoder(setting.encoder, size=16, small_stem=True)
         heads = {"head": Head(2, 8, 8), "predictor": Head(2, 8, 8)}
-        seen.append(_method("byol", encoder, setting, _policies("byol", policy, {}), heads, None).policies)
+        seen.append(_method("byol", encoder, setting, policies_of("byol", policy, {}), heads, None).policies)
     assert seen[0] == tuple(dataclasses.replace(policy, size=16) for policy in PRESETS["byol"])
     assert seen[1] == tuple(dataclasses.replace(policy, size=16) for policy in PRESETS["simclr-cifar"])
 

@@ -11,10 +11,11 @@ from twofold.cli.show import print_json
 
 @verb
 def doctor(
-    run: Annotated[Path, arg(metavar="RUN")],
+    run: Annotated[str, arg(metavar="RUN|BUNDLE")],
     /,
     *,
     data: Annotated[str | None, arg(metavar="DATA")] = None,
+    against: Annotated[str | None, arg(metavar="OTHER")] = None,
     out: Annotated[Path | None, arg(metavar="FILE")] = None,
     limit: int = 1000,
     temperature: float | None = None,
@@ -27,13 +28,16 @@ def doctor(
       twofold doctor runs/a
       twofold doctor runs/a --data photos/
       twofold doctor runs/a --data photos/ --temperature 0.1 --out doctor.html
+      twofold doctor runs/a --data photos/ --against runs/b
+      twofold doctor efficientnet-lite0 --data photos/
       twofold doctor runs/a --json
 
     Args:
-        run: the folder of a run; it may still be training
-        data: pictures to look at with the encoder: embeddings, negatives, neighbours
-        out: the page; RUN/doctor.html where it is not given. One that ends in .md holds the verdicts alone
-        limit: look at the first so many pictures
+        run: the folder of a run, which may still be training; or a bundle, or the name of an encoder of pictures
+        data: items to look at with the encoders: embeddings, classes, negatives, neighbours
+        against: another run, bundle or encoder on the same data: how alike they are, what each finds better
+        out: the page; RUN/doctor.html where it is not given. One that ends in .md holds words and figures
+        limit: look at the first so many items
         temperature: of the microscope, instead of the run's own
         images: where the manifest's files are, if not beside it
         json: print the result as JSON, without the pictures
@@ -42,15 +46,15 @@ def doctor(
     from twofold.data.sources import open_source
     from twofold.terminal import CONSOLE
     from twofold.train.doctor import doctor as examine
-    from twofold.train.doctor_page import markdown, page
+    from twofold.train.doctor_page import jsonable, markdown, page
 
     source = open_source(data, images=images) if data is not None else None
-    done = examine(run, source, limit=limit, temperature=temperature, quiet=json)
-    out = run / "doctor.html" if out is None else out
+    done = examine(run, source, against=against, limit=limit, temperature=temperature, quiet=json)
+    out = out or (Path(run) if Path(run).is_dir() else Path()) / "doctor.html"
     text = markdown(done) if out.suffix == ".md" else page(done, notice=getattr(source, "notice", "") or "")
     write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
     if json:
-        print_json({**done._replace(thumbnails=None, log=[])._asdict(), "worst": done.worst, "page": str(out)})
+        print_json({**jsonable(done), "page": str(out)})
         return
     tones = {"good": "green", "warn": "yellow", "bad": "red"}
     for verdict in done.verdicts:

@@ -62,7 +62,7 @@ def columns_of(source: Source, names: Sequence[str] | None = None) -> list[Colum
 
 def words_of(texts: Sequence[Sequence[str]] | None, least: int = LEAST) -> dict[str, Bool[np.ndarray, "n"]]:
     """Which items have a word in their captions, for every word that at least `least` have and as many have not."""
-    own = [set(_tokens(" ".join(each))) for each in texts or ()]
+    own = [set(words_in(" ".join(each))) for each in texts or ()]
     counts = Counter(word for words in own for word in words)
     kept = sorted(word for word, count in counts.items() if least <= count <= len(own) - least and len(word) > 1)
     return {word: np.array([word in words for words in own]) for word in kept}
@@ -75,7 +75,7 @@ def families_of(texts: Sequence[Sequence[str]] | None, least: int = LEAST) -> li
     """
     found: dict[tuple, dict[str, int]] = defaultdict(dict)
     for item, each in enumerate(texts or ()):
-        tokens = _tokens(each[0]) if each else []
+        tokens = words_in(each[0]) if each else []
         for place, word in enumerate(tokens if len(tokens) > 1 else ()):
             found[*tokens[:place], None, *tokens[place + 1 :]].setdefault(word, item)
     kept: dict[tuple, dict[str, int]] = {}
@@ -145,5 +145,5 @@ def _same(one: Column, other: Column) -> bool:
     return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
-def _tokens(text: str) -> list[str]:
+def words_in(text: str) -> list[str]:
     return re.findall(r"[\w-]+(?:['’]\w+)*", text.lower())

@@ -415,8 +415,8 @@ def _target_lags(run: _Course, found: set[str]) -> Verdict | None:
         "target lags",
         "warn",
         "The slow copy that makes the targets is mostly the untrained network still.",
-        f"with --momentum {momentum:g}, {100 * held:.0f} % of its weights after {last} steps are what they began as; it "
-        f"is {gap:.3f} of the weights' length away from the encoder",
+        f"with --momentum {momentum:g}, {100 * held:.0f} % of its weights after {last} steps are what they began as; "
+        f"the encoder lies {gap:.3f} of its own length away",
         f"Train longer, or lower --momentum: {_momentum_for(last):.3g} suits {steps} steps.",
     )
 

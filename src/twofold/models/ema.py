@@ -32,8 +32,9 @@ class Ema(nn.Module):
     @torch.no_grad()
     def gap(self) -> float:
         """How far the copy lags behind what it follows, 0..: the distance of their weights over the latter's length."""
-        apart = torch._foreach_norm(torch._foreach_sub(list(self.copy.parameters()), self._followed))
-        length = torch._foreach_norm(self._followed)
+        followed: list[torch.Tensor] = [*self._followed]
+        apart = torch._foreach_norm(list(torch._foreach_sub([*self.copy.parameters()], followed)))
+        length = torch._foreach_norm(followed)
         return (torch.stack(apart).norm() / torch.stack(length).norm().clamp_min(1e-12)).item()
 
 

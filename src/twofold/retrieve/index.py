@@ -38,10 +38,10 @@ from twofold.data.sources import Modality, Source, content_key, open_source
 from twofold.data.vectors import Vectors
 from twofold.errors import BundleError, DataError, DecodeError, FingerprintMismatch, StoreError, UsageError, unknown
 from twofold.measure.embed import embed
+from twofold.measure.layout import layout
 from twofold.models.bundle import Bundle, kept_meta
 from twofold.models.encoders import TextEncoder, fingerprint
 from twofold.retrieve.corrected import keep_answers
-from twofold.retrieve.layout import layout
 from twofold.retrieve.retriever import Picture, Retriever
 from twofold.retrieve.spaces import Row, Space, TextSpace, text_rows, texts_of
 from twofold.retrieve.store import ChromaStore, Claim, ExactStore, Hit, Scalar, Store, Where, scalars

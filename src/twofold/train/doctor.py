@@ -1,4 +1,4 @@
-"""Is it learning, and if not, why not? A run's log, and what its encoder makes of pictures, put into words."""
+"""Is it learning, and if not, why not? A run's log, and what its encoders make of data, put into words and pictures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,25 +14,40 @@ from torch import Tensor
 from twofold import runtime
 from twofold.data.cache import decoded
 from twofold.data.sources import Source
-from twofold.errors import DataError, UsageError
+from twofold.errors import DataError, TrainingError, UsageError
+from twofold.measure import findings
 from twofold.measure.collapse import Health, health
+from twofold.measure.copies import loss_allowed, picture_groups
 from twofold.measure.diagnosis import Verdict, diagnose, examined
+from twofold.measure.embed import embed
+from twofold.measure.hubness import Gap, gap
+from twofold.measure.layout import layout
 from twofold.measure.metrics import unit_rows
-from twofold.measure.negatives import Microscope, of_views
-from twofold.methods import METHODS
+from twofold.measure.negatives import Microscope, of_bank, of_pairs, of_views
+from twofold.measure.shortcuts import shortcuts
+from twofold.measure.structure import Comparison, Structure, compare_spaces, nearest, structure
+from twofold.methods import METHODS, Method
+from twofold.methods.facts import FACTS
 from twofold.models.bundle import Bundle, Tower
+from twofold.models.encoders import encoder as encoder_named
 from twofold.models.encoders import inference
 from twofold.progress import Line
+from twofold.train.align import linked
 from twofold.train.log import read_log
-from twofold.train.train import _policies
+from twofold.train.masked import Predicted, predicted
+from twofold.train.restored import leak, method_name, restored, views_of
 from twofold.views import Policy
+from twofold.views.sheet import contact_sheet
 
 VIEWS, OF = 4, 256  # views of so many pictures, for alignment and LiDAR; two of them for the microscope
 BATCH = 64  # pictures embedded at once
-QUERIES, NEIGHBOURS = 10, 6  # of the sheet of neighbours
-SIDE = 64  # pixels a side of a picture on the page
-LAGS = 2.5  # times: how much less plain pictures may spread in evaluation than views did in training
-COPIES = 0.999  # cosine from which two items are shown as copies
+QUERIES, NEIGHBOURS = 8, 6  # of the sheet of neighbours
+SIDE = 48  # pixels a side of a picture on the page
+MAP = 300  # items on the map
+SHEET = 3  # pictures on the sheet of the policy
+ALIKE = 0.95  # of the positive's cosine: a negative that scores so much may be a false one
+DEFAULT, PAIRED = 0.2, 0.07  # the temperature of the microscope where the method has none, and for pairs
+ORDER = ("bad", "warn", "good")
 
 
 class Neighbours(NamedTuple):
@@ -42,98 +57,209 @@ class Neighbours(NamedTuple):
     nearest: list[tuple[int, float]]
 
 
+class Side(NamedTuple):
+    """What one tower makes of its column of the data; rows are those of the shown items."""
+
+    name: str
+    health: Health
+    head: Health | None  # behind the training's head, where the loss is taken
+    structure: Structure
+    neighbours: list[Neighbours]
+    places: Float[np.ndarray, "m 2"]  # on the map, 0..1, of the items `mapped`
+    mapped: list[int]
+
+
+class Against(NamedTuple):
+    """Another encoder, on the same items."""
+
+    name: str
+    spaces: Comparison
+
+
+class Shown(NamedTuple):
+    """The items that were looked at: what a page shows of them."""
+
+    ids: list[str]
+    words: list[str]  # a caption, a class, or nothing
+    thumbnails: UInt8[np.ndarray, "n h w 3"] | None
+
+
 class Doctored(NamedTuple):
-    """What was found. Everything from `health` on takes pictures and is None or empty without."""
+    """What was found. Everything from `shown` on takes data and is None or empty without."""
 
     name: str
     record: dict[str, Any]
+    environment: dict[str, Any]
     log: list[dict[str, Any]]
     verdicts: list[Verdict]
-    health: Health | None = None
-    head: Health | None = None  # behind the training's head, where the loss is taken
-    microscope: Microscope | None = None
-    neighbours: Sequence[Neighbours] = ()
-    ids: Sequence[str] = ()
-    thumbnails: UInt8[np.ndarray, "n h w 3"] | None = None  # of `ids`
+    shown: Shown | None = None
+    sides: Sequence[Side] = ()
+    microscopes: Mapping[str, Microscope] = {}  # of a "batch" of views or "pairs", of a "queue", of the "corpus"
+    gap: Gap | None = None  # between the two sides of pairs
+    predicted: Predicted | None = None
+    policy: UInt8[np.ndarray, "h w 3"] | None = None  # a sheet of views as the run saw them
+    against: Against | None = None
 
     @property
     def worst(self) -> str:
         """good, warn or bad: the tone of the worst verdict."""
-        return next(tone for tone in ("bad", "warn", "good") if any(v.tone == tone for v in self.verdicts))
+        return next((tone for tone in ORDER if any(v.tone == tone for v in self.verdicts)), "good")
 
 
 def doctor(
     run: Path | str,
     data: Source | None = None,
     *,
+    against: Path | str | None = None,
     limit: int = 1000,
     temperature: float | None = None,
     seed: int = 0,
     quiet: bool = False,
 ) -> Doctored:
-    """Examine a run by its log, and with `data` what its encoder makes of the first `limit` pictures and their views.
+    """Examine a run by its log, and with `data` what its encoders make of the first `limit` items and their views.
 
-    Views are those the run trained with. The microscope looks behind the training's head, at the run's temperature
-    where it has one, else at `temperature` or .2. Raises UsageError where the folder holds no run.
+    A bundle without a run, or an encoder by its name, is looked at by data alone. Views are those the run trained with.
+    The microscope looks behind the training's head, at the run's temperature where it has one, else at `temperature` or
+    .2. `against` is another run, bundle or encoder on the same items. Raises UsageError where there is nothing to
+    examine.
     """
-    run = Path(run)
-    if not (run / "run.json").exists():
-        raise UsageError(f"{run} holds no run (no run.json). Give the folder that `twofold train --out` wrote.")
-    record = json.loads((run / "run.json").read_text())
-    log = read_log(run / "log.jsonl")
-    verdicts = diagnose(log, record)
-    done = Doctored(run.name, record, log, verdicts)
+    place = Path(run)
+    if (place / "run.json").exists():
+        record = json.loads((place / "run.json").read_text())
+        log = read_log(place / "log.jsonl")
+        there = place / "environment.json"
+        environment = json.loads(there.read_text()) if there.exists() else {}
+        done = Doctored(place.resolve().name, record, environment, log, diagnose(log, record))
+        if data is not None and not (place / "bundle").exists():
+            raise UsageError(
+                f"{place} has no bundle yet: training has not ended. Without --data its log can be examined."
+            )
+    else:
+        if place.exists() and not (place / "bundle.json").exists():
+            raise UsageError(
+                f"{place} holds no run (no run.json) and no bundle. Give the folder that `twofold train --out` wrote."
+            )
+        done = Doctored(str(run), {}, {}, [], [])
+        if data is None:
+            raise UsageError(f"{run} has no log to examine, for it is no run: --data lets its embeddings be looked at.")
     if data is None:
+        if against is not None:
+            raise UsageError("Two encoders are compared on data: give --data.")
         return done
-    if not (run / "bundle").exists():
-        raise UsageError(f"{run} has no bundle yet: training has not ended. Without --data its log can be examined.")
-    bundle = Bundle.load(run / "bundle", heads=True)
-    if "image" not in bundle.towers or "image" not in data.modalities.values():
-        raise DataError(f"The doctor looks at pictures; {run} has towers for {', '.join(bundle.towers)}.")
-    return _looked_at(done, bundle, data.take(range(min(limit, len(data)))), temperature, seed, quiet)
+    bundle = _bundle(run)
+    data = data.take(range(min(limit, len(data))))
+    if "image" in bundle.towers and len(bundle.towers) == 1:
+        done = _of_pictures(done, bundle, _method(place, done.record), data, temperature, seed, quiet)
+    else:
+        done = _of_towers(done, bundle, data, temperature, seed, quiet)
+    if against is not None:
+        done = done._replace(against=_against(done, bundle, data, against, quiet))
+    return done._replace(verdicts=sorted(done.verdicts, key=lambda verdict: ORDER.index(verdict.tone)))
 
 
-def _looked_at(
-    done: Doctored, bundle: Bundle, data: Source, temperature: float | None, seed: int, quiet: bool
+def _bundle(given: Path | str) -> Bundle:
+    """Of a run or bundle by its folder; else of an encoder of pictures by its name."""
+    if Path(given).exists():
+        return Bundle.load(given, heads=True)
+    torch.manual_seed(0)
+    return Bundle({"image": encoder_named(str(given), "image").to(runtime.device())})
+
+
+# -- One tower that sees ----------------------------------------------------------------------------------------------
+
+
+def _of_pictures(
+    done: Doctored,
+    bundle: Bundle,
+    method: Method | None,
+    data: Source,
+    temperature: float | None,
+    seed: int,
+    quiet: bool,
 ) -> Doctored:
-    tower = bundle.towers["image"]
-    head = bundle.heads.get("image")
+    if data.images is None:
+        raise DataError(f"The encoder of {done.name} sees; {data.name} has no pictures.")
+    tower, head = bundle.towers["image"], bundle.heads.get("image")
+    pixels, kept, z = _seen(tower, data, quiet)
+    data = data.take(kept)
+    pictures = _floats(pixels)
+    few = pixels[:OF]
+    name = method_name(done.record)
+    policies = _views(done.record, name, int(tower.encoder.spec["size"]))
+    draw = runtime.generator(seed, "doctor")
+    seen = [policies[k % len(policies)](few, draw) for k in range(VIEWS)]
+    features = [_encoded(tower, view) for view in seen]
+    behind = [_encoded(head, view) for view in seen] if head is not None else features
+    found = health(z, torch.stack(features, 1))
+    headed = health(torch.cat(behind[:2]), torch.stack(behind, 1)) if head is not None else None
+
+    groups = picture_groups(pictures)
+    at = temperature or _temperature(done.record) or DEFAULT
+    same = {"copies": _same(groups[:OF])}
+    if data.labels is not None:
+        same["one label"] = _same(data.labels[:OF])
+    batch = of_views(behind[0], behind[1], temperature=at, same=same, alike=ALIKE)
+    microscopes = {"batch": batch}
+    plain = _encoded(head, policies[0].only()(pixels, draw)) if head is not None else z
+    own = torch.eye(len(plain), dtype=torch.bool)[: len(behind[0])]
+    microscopes["corpus"] = of_bank(behind[0], behind[1], plain, temperature=at, alike=ALIKE, excluded=own)
+
+    verdicts = [*done.verdicts, *examined(found)]
+    norms = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in tower.modules())
+    verdicts += findings.of_statistics(done.log, found, batchnorm=norms)
+    trained_on = int(done.record.get("batch", 0))
+    verdicts += findings.of_copies(groups, _taken_for_one(z), trained_on)
+    contrasts = bool(name and FACTS[name].negatives and "label" not in METHODS[name].needs)
+    if contrasts:
+        verdicts += [*findings.of_negatives(batch), *findings.of_positives(batch, found)]
+        verdicts += findings.of_shortcuts(shortcuts(policies, few, runtime.generator(seed, "shortcuts")), len(few))
+    if name == "simclr":
+        verdicts += findings.of_allowed(done.log, loss_allowed(groups, trained_on))
+    hidden = None
+    if method is not None:
+        queue = getattr(method, "queue", None)
+        if queue is not None:
+            microscopes["queue"] = of_bank(behind[0], behind[1], queue.keys, temperature=at, alike=ALIKE)
+        if contrasts and (leaks := leak(method, (seen[0], seen[1]), batch=min(trained_on, len(few) // 2))) is not None:
+            verdicts += findings.of_leak(*leaks)
+        if name and FACTS[name].patches:
+            hidden = predicted(method, views_of(done.record, name)[0](few[:BATCH], draw), seed=seed)
+            verdicts += findings.of_predictions(hidden.by_distance, hidden.constant) if hidden else []
+    return done._replace(
+        verdicts=verdicts,
+        shown=_shown(data, _thumbnails(pictures)),
+        sides=[_side("image", z, data, found, headed, seed)],
+        microscopes=microscopes,
+        predicted=hidden,
+        policy=np.asarray(
+            contact_sheet(policies, few[:SHEET], runtime.generator(seed, "sheet"), views=4).convert("RGB")
+        )
+        if name and FACTS[name].views
+        else None,
+    )
+
+
+def _seen(tower: Tower, data: Source, quiet: bool) -> tuple[Tensor, np.ndarray, Float[Tensor, "n d"]]:
+    """Pixels, the items that they are of, and the tower's embeddings."""
     size, channels = int(tower.encoder.spec["size"]), int(tower.encoder.spec["channels"])
     with Line("look", unit="images", quiet=quiet) as line:
         pixels, kept, _ = decoded(data, size, channels=channels, progress=line.update)
         if len(kept) < 8:
             raise DataError(f"{data.name} has {len(kept)} readable pictures; eight are the least to say anything of.")
         pictures = torch.tensor(pixels)
-        z = _encoded(tower, [_floats(pictures[at : at + BATCH]) for at in range(0, len(pictures), BATCH)])
-        few = pictures[:OF]
-        policies = _views(done.record, size)
-        draw = runtime.generator(seed, "doctor")
-        seen = [policies[k % len(policies)](few, draw) for k in range(VIEWS)]
-        of_views_ = [_encoded(tower, view.split(BATCH)) for view in seen]
-        behind = [_encoded(head, view.split(BATCH)) for view in seen] if head is not None else of_views_
-    found = health(z, torch.stack(of_views_, 1))
-    headed = health(torch.cat(behind[:2]), torch.stack(behind, 1)) if head is not None else None
-    at = temperature or _temperature(done.record) or 0.2
-    labels = data.take(kept).labels if data.labels is not None else None
-    same = _copies(z[:OF])
-    if labels is not None:
-        own = torch.as_tensor(labels[:OF])
-        same |= (own[:, None] == own) & (own >= 0)
-    same.fill_diagonal_(False)
-    negatives = of_views(behind[0], behind[1], temperature=at, same=same, alike=0.95)
-    copies = _copies(z).fill_diagonal_(False)
-    verdicts = [*done.verdicts, *examined(found), *_of_statistics(done.log, found, tower)]
-    verdicts += [*_of_copies(copies), *_of_negatives(negatives, labels is not None)]
-    verdicts.sort(key=lambda verdict: ("bad", "warn", "good").index(verdict.tone))
-    return done._replace(
-        verdicts=verdicts,
-        health=found,
-        head=headed,
-        microscope=negatives,
-        neighbours=_nearest(z, seed),
-        ids=[data.ids[k] for k in kept],
-        thumbnails=_thumbnails(pictures),
-    )
+        parts = []
+        for start in range(0, len(pictures), BATCH):
+            parts.append(_encoded(tower, _floats(pictures[start : start + BATCH])))
+            line.update(min(start + BATCH, len(pictures)), len(pictures))
+    return pictures, kept, torch.cat(parts)
+
+
+def _method(place: Path, record: Mapping[str, Any]) -> Method | None:
+    """The run's method; None where there is none that can be put together again from its record."""
+    try:
+        return restored(place, record)
+    except TrainingError:
+        return None
 
 
 def _floats(pictures: Tensor) -> Float[Tensor, "b c h w"]:
@@ -141,18 +267,14 @@ def _floats(pictures: Tensor) -> Float[Tensor, "b c h w"]:
     return pictures.float() / top
 
 
-def _encoded(tower: Tower, batches: Any) -> Float[Tensor, "n d"]:
+def _encoded(tower: Tower, pictures: Tensor) -> Float[Tensor, "n d"]:
     with inference(tower), torch.no_grad():
-        return torch.cat([tower(batch).float().cpu() for batch in batches])
+        return torch.cat([tower(batch).float().cpu() for batch in pictures.split(BATCH)])
 
 
-def _views(record: Mapping[str, Any], size: int) -> tuple[Policy, ...]:
-    """The policies that the run trained with, at the encoder's size; those of a method without views are SimCLR's."""
-    name = next((name for name, kind in METHODS.items() if kind.__name__ == record.get("method")), "simclr")
-    if record.get("policies"):
-        chosen: tuple[Policy, ...] = tuple(Policy.from_dict(each) for each in record["policies"])
-    else:
-        chosen = _policies(name, record.get("policy"), {})
+def _views(record: Mapping[str, Any], name: str, size: int) -> tuple[Policy, ...]:
+    """The largest of the policies that the run trained with, at the encoder's size."""
+    chosen = views_of(record, name)
     largest = max(policy.size for policy in chosen)
     return tuple(replace(policy, size=size) for policy in chosen if policy.size == largest)
 
@@ -161,98 +283,134 @@ def _temperature(record: Mapping[str, Any]) -> float | None:
     given = record.get("options", {}).get("temperature")
     if given is not None:
         return float(given)
-    kind = next((kind for kind in METHODS.values() if kind.__name__ == record.get("method")), None)
-    defaults = getattr(kind.__init__, "__kwdefaults__", None) if kind is not None else None
+    name = method_name(record)
+    defaults = getattr(METHODS[name].__init__, "__kwdefaults__", None) if name else None
     value = (defaults or {}).get("temperature")
     return float(value) if isinstance(value, int | float) else None
 
 
-def _copies(z: Tensor) -> Tensor:
-    u = unit_rows(z)
-    return u @ u.T >= COPIES
+def _same(values: np.ndarray) -> Tensor:
+    """Which two items have one value, −1 being none."""
+    own = torch.as_tensor(values)
+    return ((own[:, None] == own) & (own >= 0)).fill_diagonal_(False)
 
 
-def _of_statistics(log: Sequence[Mapping[str, Any]], found: Health, tower: Tower) -> list[Verdict]:
-    """In training BatchNorm goes by the batch, afterwards by an average that may lag behind."""
-    trained = [line["spread"] for line in log if "spread" in line][-1:]
-    norms = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in tower.modules())
-    if not trained or not norms or trained[0] < LAGS * found.spread:
-        return []
-    return [
-        Verdict(
-            "statistics lag",
-            "warn",
-            "The encoder sees less now than it did in training: BatchNorm's averages may lag behind its weights.",
-            f"spread {trained[0]:.3f} of the last batch of views, {found.spread:.3f} of plain pictures in evaluation",
-            "Train on with a falling learning rate, or start from a trained encoder. If it stays, plain pictures look "
-            "unlike any view: weaken the policy.",
+def _taken_for_one(z: Tensor) -> float:
+    """The share of items that have another at a cosine of nearly 1."""
+    return float((nearest(z, 1).cosines[:, 0] >= findings.COPIES).float().mean())
+
+
+# -- Towers of pairs, and of other kinds ------------------------------------------------------------------------------
+
+
+def _of_towers(
+    done: Doctored, bundle: Bundle, data: Source, temperature: float | None, seed: int, quiet: bool
+) -> Doctored:
+    names = [name for name in bundle.towers if name in data.modalities]
+    if not names:
+        raise DataError(
+            f"{done.name} has towers for {', '.join(bundle.towers)}; {data.name} has {', '.join(data.modalities)}."
         )
-    ]
+    made = {name: embed(bundle, data, name, quiet=quiet) for name in names}
+    kept = sorted(set.intersection(*(set(each.kept.tolist()) for each in made.values())))
+    if len(kept) < 8:
+        raise DataError(f"{data.name} has {len(kept)} items that all towers read; eight are the least.")
+    rows = {}
+    for name, each in made.items():  # the first text of an item stands for it
+        first = each.offsets[np.searchsorted(each.kept, kept)]
+        rows[name] = torch.from_numpy(each.matrix[first])
+    data = data.take(kept)
+    verdicts, microscopes, apart = [*done.verdicts], {}, None
+    sides = []
+    for name in names:
+        found = health(rows[name])
+        verdicts += [verdict._replace(says=f"{name}: {verdict.says}") for verdict in examined(found)]
+        sides.append(_side(name, rows[name], data, found, None, seed))
+    if len(names) == 2:
+        first, second = (rows[name] for name in names)
+        apart = gap(first, second)
+        few = slice(0, 2 * OF)
+        sigmoid = "siglip" in bundle.meta or done.record.get("method") == "SigLIP"
+        scales = [line["scale"] for line in done.log if "scale" in line]
+        scales = scales or [each["scale"] for each in (bundle.meta.get("siglip"),) if each]
+        at = temperature or (1 / scales[-1] if scales else PAIRED)
+        same = {"one caption or file": _same(linked(data, names)[few])}
+        if data.labels is not None:
+            same["one label"] = _same(data.labels[few])
+        seen = of_pairs(
+            first[few],
+            second[few],
+            temperature=at,
+            same=same,
+            alike=ALIKE,
+            loss="sigmoid" if sigmoid else "softmax",
+        )
+        microscopes["pairs"] = seen
+        verdicts += [*findings.of_negatives(seen), *findings.of_sides(apart, seen, names)]
+    return done._replace(
+        verdicts=verdicts,
+        shown=_shown(data, _pictured(data)),
+        sides=sides,
+        microscopes=microscopes,
+        gap=apart,
+    )
 
 
-def _of_copies(copies: Tensor) -> list[Verdict]:
-    share = copies.any(1).float().mean().item()
-    if share < 0.02:
-        return []
-    return [
-        Verdict(
-            "copies",
-            "warn",
-            "Some items are copies of others to this encoder.",
-            f"{100 * share:.0f} % of items have another at a cosine of {COPIES} or more",
-            "If they are copies (twofold index --duplicates), keep one of each: as negatives they tear apart what is "
-            "one. If not, the encoder does not see what tells them apart.",
-        )
-    ]
+def _pictured(data: Source) -> UInt8[np.ndarray, "n h w 3"] | None:
+    if data.images is None:
+        return None
+    pixels, kept, _ = decoded(data, 2 * SIDE)
+    shown = np.full((len(data), SIDE, SIDE, 3), 128, np.uint8)
+    shown[kept] = _thumbnails(_floats(torch.tensor(pixels)))
+    return shown
 
 
-def _of_negatives(seen: Microscope, labelled: bool) -> list[Verdict]:
-    now = seen.now
-    share = now.effective / seen.negatives
-    says = f"temperature {now.temperature:g}: {now.effective:.0f} of {seen.negatives:.0f} negatives share the gradient"
-    evidence = f"{says}; the hardest 1 % take {100 * now.hardest:.0f} %"
-    found = []
-    suggested = seen.suggested
-    if suggested and share < 0.02:
-        found.append(
-            Verdict(
-                "few negatives",
-                "warn",
-                "A handful of negatives take nearly all of the gradient.",
-                evidence,
-                f"Raise the temperature; {suggested[0]:.2g} to {suggested[1]:.2g} suits these embeddings.",
-            )
-        )
-    if seen.suspects and now.suspects > 3 * seen.suspects and now.suspects > 0.2:
-        kind = (
-            "share a label, are copies, or are as near as the positive" if labelled else "are as near as the positive"
-        )
-        found.append(
-            Verdict(
-                "false negatives",
-                "warn",
-                "Much of the gradient pushes apart what may belong together.",
-                f"{100 * seen.suspects:.1f} % of the negatives {kind}, and take {100 * now.suspects:.0f} % of the "
-                "gradient",
-                "Raise the temperature, remove copies, or learn from labels where there are any (supcon).",
-            )
-        )
-    return found
+# -- What both have ---------------------------------------------------------------------------------------------------
+
+
+def _side(name: str, z: Tensor, data: Source, found: Health, head: Health | None, seed: int) -> Side:
+    texts = data.texts if data.texts is not None else None
+    lies = structure(z, data.labels, classes=data.classes, texts=texts, seed=seed)
+    mapped = torch.randperm(len(z), generator=runtime.generator(seed, "map"))[:MAP].sort().values.tolist()
+    places = layout(unit_rows(z[mapped]).numpy(), seed=seed)
+    return Side(name, found, head, lies, _nearest(z, seed), places, mapped)
 
 
 def _nearest(z: Tensor, seed: int) -> list[Neighbours]:
-    u = unit_rows(z)
-    chosen = torch.randperm(len(u), generator=runtime.generator(seed, "neighbours"))[:QUERIES]
-    scores = u[chosen] @ u.T
-    scores[torch.arange(len(chosen)), chosen] = -2
-    top = scores.topk(min(NEIGHBOURS, len(u) - 1))
+    near = nearest(z, NEIGHBOURS)
+    chosen = torch.randperm(len(z), generator=runtime.generator(seed, "neighbours"))[:QUERIES].tolist()
     return [
-        Neighbours(item, list(zip(rows, cosines, strict=True)))
-        for item, rows, cosines in zip(chosen.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+        Neighbours(item, list(zip(near.rows[item].tolist(), near.cosines[item].tolist(), strict=True)))
+        for item in chosen
     ]
 
 
-def _thumbnails(pictures: Tensor) -> UInt8[np.ndarray, "n h w 3"]:
-    small = torch.nn.functional.interpolate(_floats(pictures), size=(SIDE, SIDE), mode="area")
+def _against(done: Doctored, bundle: Bundle, data: Source, other: Path | str, quiet: bool) -> Against:
+    """Both encoders on the items that they both read, by the tower of the first side."""
+    name = done.sides[0].name
+    second = _bundle(other)
+    if name not in second.towers:
+        raise DataError(f"{other} has no {name} tower, only {' and '.join(second.towers)}: nothing to compare.")
+    ids = {each: row for row, each in enumerate(data.ids)}
+    data = data.take([ids[each] for each in (done.shown.ids if done.shown else data.ids)])
+    made = [embed(each, data, name, quiet=quiet) for each in (bundle, second)]
+    a, b = (torch.from_numpy(each.matrix[each.offsets[:-1]]) for each in made)
+    return Against(Path(other).name, compare_spaces(a, b, data.labels))
+
+
+def _shown(data: Source, thumbnails: UInt8[np.ndarray, "n h w 3"] | None) -> Shown:
+    words = []
+    for item in range(len(data)):
+        said = data.texts[item][0] if data.texts is not None and data.texts[item] else ""
+        if not said and data.labels is not None and data.labels[item] >= 0:
+            k = int(data.labels[item])
+            said = data.classes[k] if k < len(data.classes) else str(k)
+        words.append(said)
+    return Shown(list(data.ids), words, thumbnails)
+
+
+def _thumbnails(pictures: Float[Tensor, "n c h w"]) -> UInt8[np.ndarray, "n h w 3"]:
+    side = min(SIDE, pictures.shape[-1])
+    small = torch.nn.functional.interpolate(pictures, size=(side, side), mode="area")
     rgb = small[:, :3] if small.shape[1] >= 3 else small[:, :1].expand(-1, 3, -1, -1)
-    return (rgb * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return (rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()

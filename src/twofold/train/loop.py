@@ -124,8 +124,8 @@ def fit(
     `out` receives run.json (what was asked for), environment.json (where it ran last), log.jsonl and
     checkpoint.safetensors; the method is trained in place.
     `chunk` runs the encoders over so many rows at a time, for batches that memory does not hold: `train.cached`.
-    `probes` are evaluated where a checkpoint is written, and what they find stands in that line of the log, by a probe's
-    name or by the names it gives; `watch` stops early and keeps the best weights, which
+    `probes` are evaluated where a checkpoint is written; what they find stands in that line of the log, by a probe's
+    name or by the names it gives. `watch` stops early and keeps the best weights, which
     best.safetensors holds. `record` is what else run.json shall hold (JSON values), and what a resumed run must agree
     with. Several processes: pass a launched `fabric`; BatchNorm then sees the batch of all of them, unless the method
     says otherwise. `profile` tells where the time of the first steps goes, and writes it to profile.json. Ctrl-C and
@@ -201,7 +201,9 @@ def fit(
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         if log is not None:
             parts = {name: float(value) for name, value in result.parts.items()}
-            parts |= {"ema_gap": part.gap() for part in method.modules() if isinstance(part, Ema)}
+            for part in method.modules():
+                if isinstance(part, Ema):
+                    parts["ema_gap"] = part.gap()
             log.write({"step": done, **figures, **parts, **probed, "lr": rate, "seconds": time.monotonic() - started})
         line.update(done, steps, per_unit=batches.batch, figures=figures)
         if stop_on_collapse and (ill := fabric.broadcast(collapse_in(log.lines, asked) if log is not None else None)):
@@ -317,9 +319,7 @@ def _agree(path: Path, record: dict[str, Any], *, write: bool) -> None:
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1) + "\n"))
 
 
-def _probed(
-    method: Method, probes: Mapping[str, Callable[[Method], float | Mapping[str, float]]]
-) -> dict[str, float]:
+def _probed(method: Method, probes: Mapping[str, Callable[[Method], float | Mapping[str, float]]]) -> dict[str, float]:
     method.eval()
     values: dict[str, float] = {}
     with torch.no_grad():

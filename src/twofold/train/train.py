@@ -86,14 +86,14 @@ def train(
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
-    chosen = _policies(name, setting.policy, changes)
+    chosen = policies_of(name, setting.policy, changes)
     fabric = _fabric(setting)
     fabric.launch()
 
     learned = data.split("train") if data.splits is not None else data
     with torch.random.fork_rng():
         torch.manual_seed(runtime.seed_of(setting.seed, "weights"))
-        picture = _picture(setting, of_clips="video" in METHODS[name].needs)
+        picture = picture_encoder(setting, of_clips="video" in METHODS[name].needs)
         method = _method(name, picture, setting, chosen, options, learned.texts)
     if setting.per_class and "label" not in method.needs:
         raise UsageError(f"per_class={setting.per_class} is for methods that learn from labels; {name} does not here.")
@@ -165,7 +165,7 @@ def _probes(method: Method, columns: Mapping[str, Any], seed: int) -> dict[str, 
     return {"hardness": hardness(sample, policies, temperature=getattr(method, "temperature", 0.2), seed=seed)}
 
 
-def _picture(setting: Setting, *, of_clips: bool) -> ImageEncoder:
+def picture_encoder(setting: Setting, *, of_clips: bool) -> ImageEncoder:
     """The encoder of pictures to start from: untrained, or that of a run or bundle (run:runs/a) to go on with."""
     if not setting.encoder.startswith(("run:", "local:")):
         fresh = image_encoder(
@@ -256,7 +256,7 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: asdict(value) if is_dataclass(value) else value for name, value in options.items()}  # type: ignore[arg-type]
 
 
-def _policies(name: str, policy: str | None, changes: Mapping[str, Any]) -> tuple[Policy, ...]:
+def policies_of(name: str, policy: str | None, changes: Mapping[str, Any]) -> tuple[Policy, ...]:
     """The policy asked for, one a view, else the method's own; SimCLR's for pairs."""
     of_pictures = "text" not in METHODS[name].needs
     parameter = inspect.signature(METHODS[name]).parameters.get("policies")
