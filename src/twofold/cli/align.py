@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import OmitArgPrefixes, arg
 
 from twofold.cli.flags import Columns, Data, Folder, OnError, assigned, call, described
-from twofold.cli.show import print_evaluation, print_json, print_skipped
+from twofold.cli.show import print_evaluation, print_json, print_report, print_skipped
 
 
 def align(arguments: list[str]) -> None:
@@ -28,6 +28,7 @@ def align(arguments: list[str]) -> None:
     from twofold.measure.evaluate import evaluate
     from twofold.train.align import TOWERS, Recipe
     from twofold.train.align import align as aligned
+    from twofold.train.doctor_page import reported
 
     def verb(
         pairs: Data,
@@ -41,6 +42,8 @@ def align(arguments: list[str]) -> None:
         weights: Annotated[Path | None, arg(metavar="FILE")] = None,
         negatives: Annotated[Path | None, arg(metavar="FILE")] = None,
         on_error: OnError = "skip",
+        log_to: str | None = None,
+        report: bool = True,
         json: bool = False,
     ) -> None:
         """Flags.
@@ -54,6 +57,8 @@ def align(arguments: list[str]) -> None:
             weights: a table with id and weight (and text), 0..1: the share of its visits that a pair keeps
             negatives: hard negatives of the second side, as `twofold mine` writes them
             on_error: what to do with a file that cannot be read
+            log_to: tensorboard:DIR, wandb:PROJECT or mlflow:URI are told what the log is
+            report: look at the run when it ends, and write what `twofold doctor` says of it to DIR/doctor.html
             json: print the result as JSON
         """
         chosen = assigned("towers", towers) or TOWERS
@@ -66,8 +71,10 @@ def align(arguments: list[str]) -> None:
             weights=weights,
             negatives=negatives,
             on_error=on_error,
+            log_to=log_to,
             quiet=json,
         )
+        verdict = reported(out, source, quiet=json) if report else None
         figures = {
             "bundle": str(out / "bundle"),
             "fingerprint": done.bundle.fingerprint,
@@ -91,6 +98,7 @@ def align(arguments: list[str]) -> None:
             )
         if measured:
             print_evaluation(measured)
+        print_report(verdict)
         print(f"\n  {out / 'bundle'}\n  next: twofold index {pairs} --model {out} --out {out / 'index'}")
 
     call(verb, "align", arguments, description=described(align))

@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from twofold.cli.flags import verb
-from twofold.cli.show import print_json
+from twofold.cli.show import print_json, print_verdicts
 
 
 @verb
@@ -44,22 +44,16 @@ def doctor(
     """
     from twofold.data.atomic import write_atomically
     from twofold.data.sources import open_source
-    from twofold.terminal import CONSOLE
     from twofold.train.doctor import doctor as examine
-    from twofold.train.doctor_page import jsonable, markdown, page
+    from twofold.train.doctor_page import markdown, notice_of, page
 
     source = open_source(data, images=images) if data is not None else None
     done = examine(run, source, against=against, limit=limit, temperature=temperature, quiet=json)
     out = out or (Path(run) if Path(run).is_dir() else Path()) / "doctor.html"
-    text = markdown(done) if out.suffix == ".md" else page(done, notice=getattr(source, "notice", "") or "")
+    text = markdown(done) if out.suffix == ".md" else page(done, notice=notice_of(source))
     write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
     if json:
-        print_json({**jsonable(done), "page": str(out)})
+        print_json({**done.figures, "worst": done.worst, "page": str(out)})
         return
-    tones = {"good": "green", "warn": "yellow", "bad": "red"}
-    for verdict in done.verdicts:
-        CONSOLE.print(f"  [{tones[verdict.tone]}]{verdict.name}[/] · {verdict.says}", highlight=False)
-        CONSOLE.print(f"    {verdict.evidence}", highlight=False, markup=False, style="dim")
-        if verdict.advice:
-            CONSOLE.print(f"    → {verdict.advice}", highlight=False, markup=False)
+    print_verdicts(done)
     print(f"  {out}")

@@ -90,6 +90,25 @@ def print_corrected(rows: list, come: Any) -> None:
     CONSOLE.print(*corrected_tables(rows, come), sep="\n")
 
 
+def print_verdicts(done: Any) -> None:
+    """What the doctor found, worst first: evidence and advice beneath each."""
+    from twofold.terminal import CONSOLE
+
+    tones = {"good": "green", "warn": "yellow", "bad": "red"}
+    for verdict in done.verdicts:
+        CONSOLE.print(f"  [{tones[verdict.tone]}]{verdict.name}[/] · {verdict.says}", highlight=False)
+        CONSOLE.print(f"    {verdict.evidence}", highlight=False, markup=False, style="dim")
+        if verdict.advice:
+            CONSOLE.print(f"    → {verdict.advice}", highlight=False, markup=False)
+
+
+def print_report(reported: tuple[Any, Path] | None) -> None:
+    """The verdicts on a training that ended, where it was looked at, and where its page lies."""
+    if reported is not None:
+        print_verdicts(reported[0])
+        print(f"  {reported[1]}")
+
+
 def print_calibrated(done: Any) -> None:
     from twofold.terminal import CONSOLE, calibration_tables
 

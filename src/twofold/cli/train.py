@@ -10,7 +10,7 @@ from tyro.conf import arg
 from twofold.cli.flags import Columns, Data, Folder, assigned, call, described
 from twofold.cli.methods import methods
 from twofold.cli.policies import policy_changes
-from twofold.cli.show import print_json
+from twofold.cli.show import print_json, print_report
 from twofold.errors import unknown
 
 
@@ -29,6 +29,7 @@ def train(arguments: list[str]) -> None:
     from twofold import runtime
     from twofold.data.sources import open_source
     from twofold.methods import METHODS
+    from twofold.train.doctor_page import reported
     from twofold.train.optim import Optimizer
     from twofold.train.train import Setting
     from twofold.train.train import train as trained
@@ -52,6 +53,7 @@ def train(arguments: list[str]) -> None:
         optimizer: Optimizer = Optimizer(),  # noqa: B008 — frozen
         options: Annotated[kind, arg(name="")] = kind(),  # noqa: B008 — frozen
         columns: Columns = (),
+        report: bool = True,
         json: bool = False,
     ) -> None:
         """
@@ -59,11 +61,13 @@ def train(arguments: list[str]) -> None:
             data: pictures, with labels or captions where the method needs them, or videos
             out: the run's folder; the bundle comes to lie in it
             columns: which further columns are modalities, each of a kind: clip=video, or clip=video:4x4 of sheets
+            report: look at the run when it ends, and write what `twofold doctor` says of it to DIR/doctor.html
             json: print the result as JSON
         """
+        source = open_source(data, columns=assigned("columns", columns))
         done = trained(
             name,
-            open_source(data, columns=assigned("columns", columns)),
+            source,
             out=out,
             setting=setting,
             optimizer=optimizer,
@@ -73,11 +77,13 @@ def train(arguments: list[str]) -> None:
         )
         if runtime.world()[0]:
             return  # of several processes the first speaks
+        verdict = reported(out, source, quiet=json) if report else None
         if json:
             figures = {"out": str(out), "steps": done.steps, "seconds": done.seconds, "last": done.log[-1]}
             print_json(figures | ({"profile": done.profile.json()} if done.profile else {}))
         else:
             said = f" --columns {' '.join(columns)}" if columns else ""
+            print_report(verdict)
             print(f"  {out / 'bundle'}\n  next: twofold evaluate {out} --data {data}{said} --baselines")
 
     words = inspect.getdoc(sys.modules[METHODS[name].__module__]) or ""

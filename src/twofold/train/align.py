@@ -120,6 +120,7 @@ def align(
     weights: Mapping[str, float] | Path | str | None = None,
     negatives: Path | str | None = None,
     on_error: OnError = "skip",
+    log_to: str | None = None,
     quiet: bool = False,
 ) -> Alignment:
     """Learn to put what belongs together in one place; leaves a bundle in `out`/bundle.
@@ -129,7 +130,7 @@ def align(
     them on each visit, and items that have a text or a file in common never come into one batch: nothing that belongs
     together is pushed apart. `weights`, by id or in a file (columns id and weight, text too for single texts), is the
     share of its visits that a pair keeps; 0 drops it. `negatives` is a file of `twofold mine`. The same call goes on
-    where an earlier one was stopped.
+    where an earlier one was stopped. `log_to` is that of `fit`.
     """
     _check_towers(towers, pairs, recipe)
     weighed = read_weights(weights) if isinstance(weights, Path | str) else Weights(weights or {})
@@ -183,6 +184,7 @@ def align(
             chunk=recipe.chunk,
             log_every=batches.steps_per_epoch,
             watch=watch,
+            log_to=log_to,
             record={
                 "data": pairs.name,
                 "items": len(train),

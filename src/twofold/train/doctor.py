@@ -105,6 +105,13 @@ class Doctored(NamedTuple):
         """good, warn or bad: the tone of the worst verdict."""
         return next((tone for tone in ORDER if any(v.tone == tone for v in self.verdicts)), "good")
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """All but the log and the pictures."""
+        painted = self.predicted and self.predicted._replace(painted=None)
+        found = self._replace(predicted=painted)._asdict()
+        return {name: value for name, value in found.items() if name not in ("log", "shown", "policy")}
+
 
 def doctor(
     run: Path | str,

@@ -7,17 +7,22 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 from importlib.resources import files
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from twofold.data.atomic import write_atomically
+from twofold.data.samples import ATTRIBUTION
+from twofold.data.sources import Source
+from twofold.errors import TwofoldError
 from twofold.measure.audit_page import STYLE
 from twofold.measure.charts import heat, histograms, lines, scatter, tree
 from twofold.measure.collapse import Health
 from twofold.measure.negatives import Microscope
 from twofold.measure.structure import Structure
-from twofold.train.doctor import Against, Doctored, Side
+from twofold.progress import TERMINAL
+from twofold.train.doctor import Against, Doctored, Side, doctor
 from twofold.train.masked import Predicted
 
 CURVES = (  # figures of the log, what they are beside, words, and whether they start at 0
@@ -57,6 +62,7 @@ FIGURES = (
     ("length, mean", "norm", "{:.2f}"),
     ("length, deviation over mean", "norm_varies", "{:.2f}"),
 )
+LOOKED_AT = 400  # items, when a training ends
 OF_WHAT = {"batch": "a batch of views", "pairs": "pairs", "queue": "the queue", "corpus": "a sample of the data"}
 
 
@@ -90,6 +96,11 @@ def inline(pixels: np.ndarray, quality: int = 70) -> str:
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(file, "WEBP", quality=quality, method=6)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def notice_of(data: Source | None) -> str:
+    """What the licence of the pictures asks a page to say."""
+    return ATTRIBUTION if data is not None and data.name == "openmoji" else ""
 
 
 def page(done: Doctored, *, notice: str = "") -> str:
@@ -137,6 +148,23 @@ def page(done: Doctored, *, notice: str = "") -> str:
         f'<p class="pale">{escape(_what(done))}</p><nav>{links}</nav>{body}<footer>{escape(notice)}</footer>'
         f"<script>{js}</script></html>\n"
     )
+
+
+def reported(run: Path, data: Source, *, quiet: bool = False) -> tuple[Doctored, Path]:
+    """Look at a run that has ended and write RUN/doctor.html: by a few hundred of the items it was trained on.
+
+    By the log alone where they cannot be looked at: a report is no reason to lose a training.
+    """
+    try:
+        done = doctor(run, data.split("train") if data.splits is not None else data, limit=LOOKED_AT, quiet=True)
+    except TwofoldError as error:
+        if not quiet:
+            TERMINAL.print(f"  the report is by the log alone: {error}", highlight=False, markup=False)
+        done = doctor(run)
+    out = run / "doctor.html"
+    text = page(done, notice=notice_of(data))
+    write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
+    return done, out
 
 
 def markdown(done: Doctored) -> str:
@@ -387,8 +415,8 @@ def _predicted(found: Predicted) -> str:
             for row in found.painted
         )
         out.append(
-            '<h3>A picture, what was seen of it, and the rest painted</h3><p class="pale">A patch is painted up to its own '
-            f'mean and contrast, which are lent to it here.</p><div class="sheet">{rows}</div>'
+            '<h3>A picture, what was seen of it, and the rest painted</h3><p class="pale">A patch is painted but for its '
+            f'own mean and contrast, which are lent to it here.</p><div class="sheet">{rows}</div>'
         )
     return "".join(out)
 
@@ -412,26 +440,3 @@ def _said_against(found: Against) -> str:
         f"{spaces.measure[0].upper()}{spaces.measure[1:]}: {spaces.first} here, {spaces.second} there, "
         f"gain {spaces.gain}."
     )
-
-
-def jsonable(done: Doctored) -> dict[str, Any]:
-    """All figures as JSON values, without the log and the pictures."""
-    plain: dict[str, Any] = json.loads(json.dumps(_plain(done._replace(log=[], policy=None)), allow_nan=True))
-    plain.pop("log")
-    plain.pop("policy")
-    plain.pop("shown")
-    return {**plain, "worst": done.worst}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {name: _plain(each) for name, each in value._asdict().items()}
-    if isinstance(value, dict):
-        return {str(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, np.ndarray):
-        return value.tolist() if value.dtype != np.uint8 else None
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

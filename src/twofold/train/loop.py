@@ -32,6 +32,7 @@ from twofold.train.cached import chunked
 from twofold.train.log import Log, read_log
 from twofold.train.optim import Optimizer
 from twofold.train.profile import Profile, Profiler
+from twofold.train.trackers import tracked
 
 CHECKPOINT, BEST, PROFILE = "checkpoint.safetensors", "best.safetensors", "profile.json"
 RANK_ROWS = 512  # the rank of so many rows is logged; it is what a singular value decomposition costs little for
@@ -117,6 +118,7 @@ def fit(
     fabric: Fabric | None = None,
     profile: bool = False,
     stop_on_collapse: bool = False,
+    log_to: str | None = None,
     quiet: bool = False,
 ) -> Run:
     """Train `method` for `steps` steps into the folder `out`, going on from the checkpoint that lies there.
@@ -128,8 +130,9 @@ def fit(
     name or by the names it gives. `watch` stops early and keeps the best weights, which
     best.safetensors holds. `record` is what else run.json shall hold (JSON values), and what a resumed run must agree
     with. Several processes: pass a launched `fabric`; BatchNorm then sees the batch of all of them, unless the method
-    says otherwise. `profile` tells where the time of the first steps goes, and writes it to profile.json. Ctrl-C and
-    SIGTERM finish the step, write a checkpoint and then interrupt.
+    says otherwise. `profile` tells where the time of the first steps goes, and writes it to profile.json. `log_to`,
+    tensorboard:DIR, wandb:PROJECT or mlflow:URI, is told what the log is (`train.trackers`). Ctrl-C and SIGTERM finish
+    the step, write a checkpoint and then interrupt.
 
     Raises TrainingError where the loss is not finite (the last good checkpoint stays), where a batch has too few rows
     to normalise by, where `out` holds a run that was asked for differently, and with `stop_on_collapse` as soon as the
@@ -204,7 +207,9 @@ def fit(
             for part in method.modules():
                 if isinstance(part, Ema):
                     parts["ema_gap"] = part.gap()
-            log.write({"step": done, **figures, **parts, **probed, "lr": rate, "seconds": time.monotonic() - started})
+            said = {"step": done, **figures, **parts, **probed, "lr": rate, "seconds": time.monotonic() - started}
+            log.write(said)
+            tell(said)
         line.update(done, steps, per_unit=batches.batch, figures=figures)
         if stop_on_collapse and (ill := fabric.broadcast(collapse_in(log.lines, asked) if log is not None else None)):
             raise TrainingError(
@@ -240,6 +245,7 @@ def fit(
             around.enter_context(chunked(method, chunk))
         if fabric.world_size > 1 and method.sync_batchnorm:
             around.enter_context(synchronised(method))
+        tell = around.enter_context(tracked(log_to if log is not None else None, out.resolve().name, asked))
         around.enter_context(line)
         interrupted = around.enter_context(_interruptible())
         around.enter_context(torch.random.fork_rng(enabled=True))

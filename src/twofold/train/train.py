@@ -65,6 +65,7 @@ class Setting:
     compile: bool = False  # let torch compile the encoders, in a minute or so; on a CPU only transformers gain
     profile: bool = False  # tell where the time of the first steps goes, in profile.json too
     stop_on_collapse: bool = False  # end as soon as the log shows that all embeddings become one
+    log_to: str | None = None  # tensorboard:DIR, wandb:PROJECT or mlflow:URI are told what the log is
 
 
 def train(
@@ -147,6 +148,7 @@ def train(
             fabric=fabric,
             profile=setting.profile,
             stop_on_collapse=setting.stop_on_collapse,
+            log_to=setting.log_to,
             quiet=quiet,
         )
     if fabric.is_global_zero:
@@ -245,6 +247,7 @@ def _identity(setting: Setting) -> dict[str, Any]:
         "on_error",
         "profile",
         "stop_on_collapse",
+        "log_to",
         "batch",
         "seed",
         "chunk",
