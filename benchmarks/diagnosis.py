@@ -1,7 +1,7 @@
 """Is each failure recognised, and is no healthy training called ill? Trainings made to fail on purpose.
 
-    python benchmarks/diagnosis.py cifar10/ --runs /tmp/diagnosis      # a quarter of an hour of one CPU thread, resumable
-    python benchmarks/diagnosis.py rsscn7/ --runs /tmp/diagnosis       # the same on aerial scenes
+    python benchmarks/diagnosis.py cifar10/ --runs /tmp/diagnosis    # a quarter of an hour of one CPU thread, resumable
+    python benchmarks/diagnosis.py rsscn7/ --runs /tmp/diagnosis     # the same on aerial scenes
 
 Every method that learns from pictures trains as in cifar10_methods.py and latents_cifar10.py, healthy, for sixty
 steps; then each failure does. Then the doctor reads the log, and looks at 256 pictures that were trained on. The table

@@ -17,14 +17,13 @@ from twofold.measure.collapse import (
     anisotropy,
     axes_holding,
     dead_units,
-    effective_rank,
     health,
     lidar,
     spectrum,
     spread,
 )
 from twofold.measure.diagnosis import diagnose, examined
-from twofold.measure.negatives import microscope, of_views
+from twofold.measure.negatives import microscope, of_bank, of_pairs, of_views
 from twofold.methods import METHODS
 from twofold.models.encoders import ImageEncoder
 from twofold.models.heads import Head
@@ -100,7 +99,7 @@ def test_shares_of_the_gradient_are_those_of_autograd(temperature):
     same = torch.zeros(12, 12, dtype=torch.bool)
     same[0, 1] = same[1, 0] = True
 
-    seen = of_views(z1, z2, temperature=temperature, same=same)
+    seen = of_views(z1, z2, temperature=temperature, same={"told": same})
 
     assert seen.now.effective == pytest.approx(entropy.exp().mean().item(), rel=1e-4)
     assert seen.now.hardest == pytest.approx(share.max(1).values.mean().item(), rel=1e-4)  # of 22, the hardest one
@@ -110,6 +109,46 @@ def test_shares_of_the_gradient_are_those_of_autograd(temperature):
     )
     assert (seen.anchors, seen.negatives, seen.suspects) == (24, 22, pytest.approx(8 / (24 * 22)))
     assert sum(seen.positive) == pytest.approx(1) and sum(seen.negative) == pytest.approx(1)
+    assert seen.kinds == {"told": (pytest.approx(8 / (24 * 22)), pytest.approx(seen.now.suspects))}
+    assert seen.agreement == pytest.approx(s.detach()[torch.arange(24), partner].median().item())
+    others = s.detach().masked_fill(itself, -2)
+    others[torch.arange(24), partner] = -2
+    assert seen.hardness == pytest.approx(others.max(1).values.mean().item(), abs=1e-6)  # of 22, the hardest one
+
+
+def test_shares_of_siglip_are_those_of_autograd_where_its_bias_is_at_rest():
+    a, b = cloud(12, 6), cloud(12, 6) + 0.5 * cloud(12, 6, seed=1)
+    seen = of_pairs(a, b, temperature=0.1, loss="sigmoid", same={"told": torch.eye(12).roll(1, 1).bool()})
+    s = (nn.functional.normalize(a, dim=1) @ nn.functional.normalize(b, dim=1).T).double().requires_grad_()
+    sign = 2 * torch.eye(12).double() - 1
+    bias = torch.zeros((), dtype=torch.double, requires_grad=True)
+    for _ in range(200):  # Newton's method on the convex loss
+        loss = -nn.functional.logsigmoid(sign * (s.detach() / 0.1 + bias)).sum()
+        (slope,) = torch.autograd.grad(loss, bias, create_graph=True)
+        (bend,) = torch.autograd.grad(slope, bias)
+        bias = (bias - 0.5 * slope / bend).detach().requires_grad_()
+    assert abs(slope.item()) < 1e-6
+    (gradient,) = torch.autograd.grad(-nn.functional.logsigmoid(sign * (s / 0.1 + bias)).sum(), s)
+    gradient = gradient * (1 - torch.eye(12))
+    share = gradient / gradient.sum(1, keepdim=True)
+    entropy = -(share * share.clamp_min(1e-300).log()).sum(1)
+    assert seen.now.effective == pytest.approx(entropy.exp().mean().item(), rel=1e-3)
+    assert seen.now.push == pytest.approx(gradient.sum(1).mean().item() * 0.1, rel=1e-3)
+    told = gradient.roll(-1, 1).diagonal().sum() / gradient.sum()
+    assert seen.kinds["told"][1] == pytest.approx(told.item(), rel=1e-3)
+
+
+def test_a_queue_is_looked_at_as_info_nce_weighs_it():
+    q, k, bank = cloud(6, 5), cloud(6, 5, seed=1), cloud(40, 5, seed=2)
+    seen = of_bank(q, k, bank, temperature=0.2)
+    u, w = (nn.functional.normalize(x, dim=1) for x in (q, bank))
+    share = (u @ w.T / 0.2).softmax(1)
+    assert seen.negatives == 40 and seen.anchors == 6
+    entropy = -(share * share.log()).sum(1)
+    assert seen.now.effective == pytest.approx(entropy.exp().mean().item(), rel=1e-4)
+    own = torch.zeros(6, 40, dtype=torch.bool)
+    own[:, 0] = True
+    assert of_bank(q, k, bank, temperature=0.2, excluded=own).negatives == 39
 
 
 def test_a_lower_temperature_gives_the_gradient_to_fewer_negatives():
@@ -181,6 +220,12 @@ SIMCLR, BYOL = {"method": "SimCLR", "batch": 128, "optimizer": {"lr": 0.001}}, {
         (log_of((0.0, -0.99), rank=(60.0, 20.0)), {"method": "SimSiam"}, "collapsed", "stop-gradient"),
         (log_of(0.2, chance=0.2), {"method": "Triplet"}, "stuck at chance", "semi-hard"),
         (log_of((0.3, 0.01), target_variance=(1.0, 0.001)), {"method": "IJEPA"}, "constant targets", "--momentum"),
+        (
+            log_of((8.0, 6.0), chance=8.3, ema_gap=0.1),
+            {"method": "MoCo", "steps": 191, "options": {"momentum": 0.999}},
+            "target lags",
+            "--momentum: 0.948",
+        ),
     ],
 )
 def test_each_signature_has_its_verdict(log, record, name, advice):
@@ -197,6 +242,10 @@ def test_each_signature_has_its_verdict(log, record, name, advice):
         (log_of((0.0, -0.9), rank=(65.0, 39.0)), {"method": "SimSiam"}),
         (log_of((1.0, 0.4), rank=(4.0, 9.0), target_variance=(1.0, 0.6)), {"method": "MAE"}),
         (log_of((3.0, 1.0), chance=5.0, rank=(20.0, 7.0)), {"method": "SupCon"}),
+        (
+            log_of((8.0, 6.0), chance=8.3, ema_gap=0.1),
+            {"method": "MoCo", "steps": 191, "options": {"momentum": 0.99}},
+        ),
     ],
 )
 def test_healthy_courses_raise_no_alarm(log, record):
@@ -294,15 +343,17 @@ def test_the_doctor_looks_at_a_run_and_its_pictures(tmp_path, capsys):
     capsys.readouterr()
     assert main(["doctor", str(run), "--data", "openmoji", "--limit", "60", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["health"]["n"] == 60 and found["microscope"]["anchors"] == 120 and found["head"]["width"] == 16
-    assert found["microscope"]["now"]["temperature"] == 0.5
-    assert found["health"]["lidar"] > 1 and effective_rank(cloud(9, 4)) > 1
+    (side,) = found["sides"]
+    assert side["health"]["n"] == 60 and side["head"]["width"] == 16 and side["health"]["lidar"] > 1
+    assert found["microscopes"]["batch"]["anchors"] == 120 and found["microscopes"]["corpus"]["negatives"] == 59
+    assert found["microscopes"]["batch"]["now"]["temperature"] == 0.5
+    assert found["environment"]["torch"] == torch.__version__.split("+")[0]
     page = (run / "doctor.html").read_text()
     assert (
         page.count("<svg") >= 6
-        and "data:image/jpeg;base64" in page
+        and "data:image/webp;base64" in page
         and "http://" not in page
-        and "https://" not in page
+        and "https://" not in page.rsplit("<footer>", 1)[0]
     )
     assert main(["doctor", str(run), "--out", str(tmp_path / "a.md")]) == 0
     said = capsys.readouterr().out

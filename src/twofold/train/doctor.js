@@ -42,7 +42,7 @@ for (const plot of plots) {
   };
   plot.addEventListener('pointerdown', event => {
     from = place(event);
-    pick = plot.appendChild(document.createElementNS('http://www.w3.org/2000/svg', 'rect'));
+    pick = plot.appendChild(document.createElementNS(plot.namespaceURI, 'rect'));
     pick.setAttribute('class', 'pick'); pick.setAttribute('y', 8); pick.setAttribute('height', H - BELOW - 8);
     plot.setPointerCapture(event.pointerId);
   });

@@ -230,7 +230,7 @@ def _of_pictures(
         if contrasts and (leaks := leak(method, (seen[0], seen[1]), batch=min(trained_on, len(few) // 2))) is not None:
             verdicts += findings.of_leak(*leaks)
         if name and FACTS[name].patches:
-            hidden = predicted(method, views_of(done.record, name)[0](few[:BATCH], draw), seed=seed)
+            hidden = predicted(method, policies[0](few[:BATCH], draw), seed=seed)
             verdicts += findings.of_predictions(hidden.by_distance, hidden.constant) if hidden else []
     return done._replace(
         verdicts=verdicts,

@@ -415,8 +415,8 @@ def _predicted(found: Predicted) -> str:
             for row in found.painted
         )
         out.append(
-            '<h3>A picture, what was seen of it, and the rest painted</h3><p class="pale">A patch is painted but for its '
-            f'own mean and contrast, which are lent to it here.</p><div class="sheet">{rows}</div>'
+            '<h3>A picture, what was seen of it, and the rest painted</h3><p class="pale">A patch is painted but for '
+            f'its own mean and contrast, which are lent to it here.</p><div class="sheet">{rows}</div>'
         )
     return "".join(out)
 
