@@ -27,7 +27,7 @@ class Ema(nn.Module):
     def update(self, module: nn.Module, momentum: float) -> None:
         """Each parameter ← momentum · its own value + (1 − momentum) · that of `module`."""
         self._followed = list(module.parameters())
-        torch._foreach_lerp_(list(self.copy.parameters()), self._followed, 1 - momentum)
+        torch._foreach_lerp_([*self.copy.parameters()], [*self._followed], 1 - momentum)
 
     @torch.no_grad()
     def gap(self) -> float:

@@ -324,8 +324,7 @@ def _of_towers(
         raise DataError(f"{data.name} has {len(kept)} items that all towers read; eight are the least.")
     rows = {}
     for name, each in made.items():  # the first text of an item stands for it
-        first = each.offsets[np.searchsorted(each.kept, kept)]
-        rows[name] = torch.from_numpy(each.matrix[first])
+        rows[name] = torch.from_numpy(each.matrix[each.offsets[np.searchsorted(each.kept, kept)]])
     data = data.take(kept)
     verdicts, microscopes, apart = [*done.verdicts], {}, None
     sides = []

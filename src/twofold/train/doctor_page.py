@@ -312,9 +312,8 @@ def _structure(found: Structure, picture: _Pictures) -> str:
         out.append(_row("Strays: most neighbours are of another class", strays, picture))
     out.append(_row("Hubs: among the ten nearest of more than twenty others", hubs, picture))
     out.append(_row("Outliers: the mean cosine of their nearest", lonely, picture))
-    for group in found.copies[:4]:
-        words = f"One to the encoder: {len(group)} items"
-        out.append(_row(words, [(row, "") for row in group[:8]], picture))
+    for same in found.copies[:4]:
+        out.append(_row(f"One to the encoder: {len(same)} items", [(row, "") for row in same[:8]], picture))
     return "".join(out)
 
 

@@ -57,7 +57,11 @@ def _tensorboard(place: str, name: str, config: Mapping[str, Any]) -> tuple[Tell
         for key, value in figures(line).items():
             writer[0].add_scalar(key, value, line["step"])
 
-    return tell, lambda: [each.close() for each in writer] and None
+    def close() -> None:
+        for each in writer:
+            each.close()
+
+    return tell, close
 
 
 def _wandb(place: str, name: str, config: Mapping[str, Any]) -> tuple[Tell, Callable[[], None]]:
