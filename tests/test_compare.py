@@ -32,7 +32,7 @@ from twofold.train.compare import (
     verdict,
 )
 from twofold.train.compare_page import page
-from twofold.train.train import _method, _picture, _policies
+from twofold.train.train import _method, picture_encoder, policies_of
 
 TINY = replace(SETTING, encoder="timm:resnet18/4", size=16, batch=16, epochs=1)
 TRANSFORMER = "timm:vit_tiny_patch16_224/4x12x1"
@@ -52,9 +52,14 @@ def coloured(n: int = 60) -> Source:
 def test_every_method_has_its_facts_and_they_are_true():
     assert FACTS.keys() == METHODS.keys()
     for variant in variants_of(fitting(coloured()), TINY, OPTIMIZER, transformer=TRANSFORMER, items=60):
-        chosen = _policies(variant.method, variant.setting.policy, {})
+        chosen = policies_of(variant.method, variant.setting.policy, {})
         method = _method(
-            variant.method, _picture(variant.setting, of_clips=False), variant.setting, chosen, variant.options, None
+            variant.method,
+            picture_encoder(variant.setting, of_clips=False),
+            variant.setting,
+            chosen,
+            variant.options,
+            None,
         )
         facts = FACTS[variant.method]
         assert hasattr(method, "target") == facts.momentum, variant.name

@@ -16,7 +16,7 @@ from torchvision.transforms import RandomResizedCrop
 from twofold import runtime
 from twofold.errors import DataError, UsageError
 from twofold.methods import METHODS
-from twofold.train.train import _policies
+from twofold.train.train import policies_of
 from twofold.views import (
     BYOL,
     DINO,
@@ -940,13 +940,13 @@ def test_presets_for_other_than_colour_pictures_take_them(channels):
 
 
 def test_a_method_of_two_views_takes_one_policy_for_both_and_refuses_ten():
-    assert _policies("simclr", "mae", {}) == PRESETS["mae"] * 2
-    assert _policies("byol", None, {}) == BYOL
-    assert _policies("lejepa", "dino", {}) == DINO
+    assert policies_of("simclr", "mae", {}) == PRESETS["mae"] * 2
+    assert policies_of("byol", None, {}) == BYOL
+    assert policies_of("lejepa", "dino", {}) == DINO
     for name in METHODS.keys() - {"lejepa", "mae", "ijepa", "clip", "siglip"}:
         if METHODS[name].needs == ("image",):
             with pytest.raises(UsageError, match=f"{name} compares 2 views; the policy 'dino' has 10"):
-                _policies(name, "dino", {})
+                policies_of(name, "dino", {})
 
 
 @pytest.mark.parametrize(
