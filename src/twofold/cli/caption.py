@@ -25,7 +25,7 @@ def caption(
     on_error: OnError = "skip",
     json: bool = False,
 ) -> None:
-    """Say what pictures show, by a model of `twofold interleave`.
+    """Say what pictures show, by a model of `twofold interleave` or `twofold train coca`.
 
     examples:
       twofold caption photos/ --model runs/p
@@ -38,7 +38,7 @@ def caption(
         split: the pictures of this split alone
         limit: the first so many pictures
         prompt: words behind the picture that the caption goes on from
-        beams: texts that are followed at a time; 1 takes the likeliest word each time
+        beams: texts that are followed at a time; 1, the only choice for coca, takes the likeliest word each time
         most: tokens of a caption
         images: where the manifest's pictures are, if not beside it
         on_error: what to do with a picture that cannot be read

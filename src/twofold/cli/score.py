@@ -21,7 +21,7 @@ def score(
     on_error: OnError = "skip",
     json: bool = False,
 ) -> None:
-    """How likely are texts for their pictures? A second opinion on pairs, by a model of `twofold interleave`.
+    """How likely are texts for their pictures? A second opinion on pairs, by a model of `interleave` or `train coca`.
 
     FILE has the columns id, text, nats (the logarithm of the text's probability behind its picture), tokens, and gain:
     how much likelier the text is behind its picture than behind others. Below 0, its picture speaks against it. Rows
