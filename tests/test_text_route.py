@@ -15,6 +15,7 @@ from twofold.errors import EmbedderError, FingerprintMismatch, UsageError
 from twofold.models.bundle import Bundle, Tower
 from twofold.models.encoders import image_encoder, text_encoder
 from twofold.retrieve.check import check, repair
+from twofold.retrieve.fit_fusion import fit_fusion, keep
 from twofold.retrieve.fusion import Fusion
 from twofold.retrieve.index import Index, open_store, read_head
 from twofold.retrieve.store import Place
@@ -272,7 +273,7 @@ def test_ranks_and_scores_are_fused_as_by_hand():
     assert standard == pytest.approx({"a": 0.75 - 0.25, "b": -0.75 + 0.25, "c": -0.75 - 0.25}, abs=1e-6)
     assert dict(Fusion().scores([("a", 0.3)], [])) == {"a": 0}
     assert [name for name, _ in Fusion(weight=0).scores(items, texts)][:2] == ["a", "b"]
-    assert [name for name, _ in Fusion(weight=1).scores(items, texts)][:2] == ["b", "c"]
+    assert [name for name, _ in Fusion("ranks", weight=1).scores(items, texts)][:2] == ["b", "c"]
     assert Fusion.read(Fusion("scores", 0.3).record()) == Fusion("scores", 0.3)
 
 
@@ -282,6 +283,49 @@ def test_the_exact_index_finds_the_same(out):
     assert places(found) == places(expected)
     assert [(hit.id, hit.score, hit.meta) for hit in found] == [(hit.id, hit.score, hit.meta) for hit in expected]
     chroma.close()
+
+
+# -- what is fitted
+
+
+def test_a_fitted_fusion_has_probabilities_and_says_when_nothing_fits(tmp_path, bundle, bags):
+    def directions(texts):  # one for each word
+        words = [
+            [np.random.default_rng(list(word.encode())).normal(size=64) for word in text.split()] for text in texts
+        ]
+        return np.array([np.sum(one, axis=0) for one in words], np.float32)
+
+    bags.embed_queries = directions
+    draw = np.random.default_rng(0)
+    names = [f"{a}{b}" for a in ("alpha", "beta", "gamma", "delta", "kappa", "sigma") for b in "abcdef"]
+    pairs = Source(
+        "pairs",
+        names,
+        images=[draw.integers(0, 256, (32, 32, 3), np.uint8) for _ in names],
+        texts=[[f"{name} {name} seen", f"written {name}"] for name in names],
+        splits=["val"] * len(names),
+    )
+    Index.build(pairs, bundle, tmp_path / "index", texts=bags)
+    opened = Index.open(tmp_path / "index")
+    assert opened.search("written betac", k=3)[0].probability is None
+    done = fit_fusion(opened, pairs)
+    assert done.questions == len(names)
+    assert done.first["texts"].value > 0.9 > 0.2 > done.first["items"].value
+    assert done.first["fitted"].value >= done.first["texts"].value
+    keep(opened, done)
+    opened.close()
+    opened = Index.open(tmp_path / "index")
+    assert opened.retriever.fusion == done.fusion
+    hits = opened.search("betac betac seen", k=3)
+    assert hits[0].id == "betac" and hits[0].probability > 0.5 > hits[1].probability
+    assert not opened.retriever.no_good_match(hits)
+    assert opened.retriever.no_good_match(opened.search("zzz yyy xxx", k=3))
+    with pytest.raises(UsageError, match="Did you mean 'split'"):
+        opened.search("written betac", where={"spilt": "val"})
+    opened.close()
+    Index.build(pairs, bundle, tmp_path / "index", texts="none")
+    Index.build(pairs, bundle, tmp_path / "index", texts=Bags("other"))
+    assert Index.open(tmp_path / "index", exact=True).retriever.fusion == Fusion()  # it was fitted for another space
 
 
 # -- the shipped embedder, the command line and the service

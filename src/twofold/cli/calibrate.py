@@ -1,12 +1,15 @@
 """`twofold calibrate`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
 from twofold.cli.flags import Columns, Data, OnError, assigned, verb
 from twofold.cli.show import print_calibrated, print_json
+
+if TYPE_CHECKING:
+    from twofold.data.sources import Source
 
 
 @verb
@@ -30,15 +33,17 @@ def calibrate(
     """Teach a model what its scores mean: hits get probabilities, and a search says when nothing matches.
 
     MODEL keeps the calibration; its vectors and fingerprint stay. An index has a model of its own in INDEX/model:
-    calibrate that, or run `twofold index` again.
+    calibrate that, or run `twofold index` again. Of an INDEX with a space of texts, it is the answer of both spaces
+    that is calibrated: how much the texts weigh is fitted, too, and the index keeps it.
 
     examples:
       twofold calibrate runs/b --data captions.csv
       twofold calibrate runs/b --data captions.csv --cost 0.1 --diagram reliability.svg
       twofold calibrate photos.index/model --data captions.csv --remedy best
+      twofold calibrate photos.index --data captions.csv
 
     Args:
-        model: a bundle, or the folder of a run
+        model: a bundle, the folder of a run, or an index
         data: pairs, of which one split was not trained on
         split: the held-out pairs
         queries: the modality that is searched with, if it is not text
@@ -54,10 +59,17 @@ def calibrate(
     """
     from twofold.data.atomic import write_atomically
     from twofold.data.sources import open_source
+    from twofold.errors import UsageError
     from twofold.measure.calibrate import calibrate, keep
     from twofold.measure.calibration import diagram as drawn
     from twofold.models.bundle import Bundle
 
+    if (model / "index.json").is_file():
+        if (queries, kind, remedy, diagram, between) != (None, "platt", "none", None, ()):
+            raise UsageError("Of an index, --split, --cost and --json can be said; the others are for its model.")
+        opened = open_source(data, images=images, columns=assigned("columns", columns))
+        _calibrate_index(model, opened, split, cost, json)
+        return
     done = calibrate(
         Bundle.load(model),
         open_source(data, images=images, columns=assigned("columns", columns)),
@@ -95,3 +107,21 @@ def calibrate(
     print(f"\n  kept in {bundle}")
     if diagram is not None:
         print(f"  {diagram}")
+
+
+def _calibrate_index(path: Path, data: "Source", split: str, cost: float, json: bool) -> None:
+    from contextlib import closing
+
+    from twofold.retrieve.fit_fusion import fit_fusion, keep
+    from twofold.retrieve.index import Index
+
+    with closing(Index.open(path)) as opened:
+        done = fit_fusion(opened, data, split=split, cost=cost)
+    kept = keep(path, done)
+    if json:
+        print_json({"index": str(path), "fusion": done.fusion.record(), "first": done.first, "honesty": done.honesty})
+        return
+    print(f"  {done.questions:,} questions; the item that is meant comes first:")
+    for name, share in done.first.items():
+        print(f"  {name:<8} {share}")
+    print(f"  texts weigh {done.fusion.weight:.2f}, calibration error {done.honesty.ece}\n  kept in {kept}")

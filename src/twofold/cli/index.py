@@ -22,6 +22,7 @@ def index(
     out: Folder | None = None,
     existing: Literal["keep", "prune", "replace"] = "keep",
     texts: Annotated[str | None, arg(metavar="EMBEDDER")] = None,
+    modality: Annotated[str | None, arg(metavar="COLUMN")] = None,
     on_error: OnError = "skip",
     check: Made = None,
     repair: Made = None,
@@ -38,6 +39,7 @@ def index(
     examples:
       twofold index photos/ --model runs/b --out photos.index
       twofold index photos/ --model runs/b --out photos.index --existing prune
+      twofold index captions.csv --model runs/b --out captions.index --modality text --texts gemini
       twofold index --check photos.index
       twofold index --duplicates photos.index --csv twice.csv
       twofold index --corrected photos.index
@@ -49,6 +51,7 @@ def index(
         existing: items that the index has and the source has not: keep or prune them; replace begins anew
         texts: what embeds the items' texts into a space of their own: minilm, hf:/folder, gemini, gemini:1536 (asks
             Google and costs money), or none; an index goes on as it is, a new one takes minilm if there are texts
+        modality: the column whose vectors items are found by: image, text, speech, …; the first that the model knows
         on_error: what to do with a picture that cannot be read
         check: hold the parts of this index against each other; changes nothing
         repair: mend this index: embed what is lost again, drop what is gone, make its store anew
@@ -85,6 +88,7 @@ def index(
                 source,
                 model=model,
                 out=out,
+                modality=modality,
                 existing=existing,
                 on_error=on_error,
                 texts=text_embedder(texts, say=_say) if texts not in (None, "none") else texts,

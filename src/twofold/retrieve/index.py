@@ -42,6 +42,7 @@ from twofold.measure.layout import layout
 from twofold.models.bundle import Bundle, kept_meta
 from twofold.models.encoders import TextEncoder, fingerprint
 from twofold.retrieve.corrected import keep_answers
+from twofold.retrieve.fusion import FUSION, Fusion
 from twofold.retrieve.retriever import Picture, Retriever
 from twofold.retrieve.spaces import Row, Space, TextSpace, text_rows, texts_of
 from twofold.retrieve.store import ChromaStore, Claim, ExactStore, Hit, Scalar, Store, Where, scalars
@@ -106,7 +107,7 @@ class Index:
 
     def __init__(self, path: Path, head: Head, bundle: Bundle, store: Store, texts: TextSpace | None = None):
         self.path, self.head, self.bundle, self.store = path, head, bundle, store
-        self.retriever = Retriever(bundle, store, texts=texts)
+        self.retriever = Retriever(bundle, store, texts=texts, fusion=_kept_fusion(path, head), columns=self.columns)
         self.search = self.retriever.search
 
     @classmethod
@@ -135,6 +136,10 @@ class Index:
         """Every item's id and columns, read from the disk one after the other."""
         for name, item in _lines(self.path, self.head):
             yield name, item.meta
+
+    def columns(self) -> list[str]:
+        """The names of the items' columns, in the order in which they are met."""
+        return list(dict.fromkeys(column for _, meta in self.items() for column in meta))
 
     def map(self) -> tuple[list[str], Float[np.ndarray, "n 2"]]:
         """Ids and where they lie on a plane of 0..1 (see `layout`); made once for each state of the index."""
@@ -302,12 +307,15 @@ def index(
     on_error: OnError = "skip",
     existing: Existing = "keep",
     texts: str | TextEmbedder | None = None,
+    modality: Modality | None = None,
     progress: Progress | None = None,
 ) -> Built:
     """Make a folder searchable, or bring its index up to date: `Index.build` by the names of things."""
     opened = source if isinstance(source, Source) else open_source(source)
     bundle = model if isinstance(model, Bundle) else Bundle.load(Path(model))
-    return Index.build(opened, bundle, out, on_error=on_error, existing=existing, texts=texts, progress=progress)
+    return Index.build(
+        opened, bundle, out, modality=modality, on_error=on_error, existing=existing, texts=texts, progress=progress
+    )
 
 
 def search(
@@ -456,6 +464,27 @@ def _embed_texts(path: Path, embedder: TextEmbedder | None, items: dict[str, Ite
         some = todo[start : start + CHUNK]
         vectors.append([keys[at] for at in some], made[start : start + CHUNK])
     return len(todo)
+
+
+def keep_fusion(path: Path, fusion: Fusion) -> Path:
+    """Write how the two spaces of an index are fused; it holds for the encoders that made them."""
+    record = {"spaces": [space.fingerprint for space in read_head(path).spaces]} | fusion.record()
+    write_atomically(path / "fusion.json", lambda file: file.write_text(json.dumps(record, indent=2) + "\n", "utf-8"))
+    return path / "fusion.json"
+
+
+def _kept_fusion(path: Path, head: Head) -> Fusion:
+    try:
+        record = json.loads((path / "fusion.json").read_text("utf-8"))
+        fits = record["spaces"] == [space.fingerprint for space in head.spaces]
+        return Fusion.read(record) if fits else FUSION
+    except FileNotFoundError:
+        return FUSION
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path / 'fusion.json'} is damaged ({type(error).__name__}: {error}). Delete it, or make it again with "
+            f"`twofold calibrate {path} --data DATA`."
+        ) from error
 
 
 # -- The folder -------------------------------------------------------------------------------------------------------

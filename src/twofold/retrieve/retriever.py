@@ -1,7 +1,7 @@
 """Search with words, a picture, an item, or several of them together."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,6 +13,7 @@ from twofold.errors import FingerprintMismatch, UsageError, unknown
 from twofold.measure.calibration import Calibration
 from twofold.measure.hubness import Remedy
 from twofold.models.bundle import Bundle
+from twofold.retrieve.filters import columns_of, compiled
 from twofold.retrieve.fusion import FUSION, Fusion
 from twofold.retrieve.spaces import TextSpace
 from twofold.retrieve.store import VIAS, Hit, Place, Store, Via, Where
@@ -46,7 +47,7 @@ class Retriever:
     scores it was fitted on, so under another remedy there are no probabilities.
 
     With `texts`, words are also compared with the items' texts, and `fusion` makes one answer of the two; it has
-    probabilities if the fusion is calibrated itself.
+    probabilities if the fusion is calibrated itself. `columns` tells the names that a filter may use.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Retriever:
         remedy: Remedy | Literal["kept"] | None = "kept",
         texts: TextSpace | None = None,
         fusion: Fusion = FUSION,
+        columns: Callable[[], Collection[str]] | None = None,
     ):
         held = next((name for name in bundle.towers if store.fingerprint == bundle.tower_fingerprint(name)), None)
         if held is None:
@@ -64,7 +66,7 @@ class Retriever:
                 f"The store holds vectors of encoder {store.fingerprint}, which is no tower of this bundle: "
                 "a score between the two would mean nothing. Use the bundle that filled the store."
             )
-        self.bundle, self.store, self.texts, self.fusion = bundle, store, texts, fusion
+        self.bundle, self.store, self.texts, self.fusion, self._columns = bundle, store, texts, fusion, columns
         calibration = Calibration.of(bundle, "text", held)
         kept = None if calibration is None else calibration.remedy
         self.remedy = kept if remedy == "kept" else remedy
@@ -117,9 +119,18 @@ class Retriever:
         if spread or distinct is not None:
             count = max(POOL, 5 * count)
         hits = self._answer(asked, count, where, via)
+        if where and not hits:
+            self._check_columns(where)
         if distinct is not None:
             hits = self._distinct(hits, distinct)
         return (self._spread(hits, spread, offset + k) if spread else hits)[offset : offset + k]
+
+    def _check_columns(self, where: Where) -> None:
+        """UsageError where a filter names a column that no item has: it may be why nothing is found."""
+        known = self._columns() if self._columns else ()
+        for column in sorted(columns_of(compiled(where))):
+            if known and column not in known:
+                raise unknown("column to filter by", column, known)
 
     def _answer(self, asked: _Asked, count: int, where: Where | None, via: Via) -> list[Hit]:
         """What the spaces that are to be asked find."""

@@ -85,24 +85,30 @@ class TextSpace:
             self._embedder = embedder
         return self._embedder
 
-    def search(self, words: str, count: int, where: Where | None = None, *, minus: str | None = None) -> list[TextHit]:
-        """The `count` items with the texts nearest to these words, led away from `minus` by half."""
+    def search(
+        self,
+        words: str,
+        count: int,
+        where: Where | None = None,
+        *,
+        minus: str | None = None,
+        but: tuple[str, str] | None = None,
+    ) -> list[TextHit]:
+        """The `count` items with the texts nearest to these words, led away from `minus` by half.
+
+        `but` is an item and a text of it that is taken for unwritten: whoever asks with it wants to know what else
+        would lead there.
+        """
         asked = [words] if minus is None else [words, minus]
         if not all(text.strip() for text in asked):
             raise UsageError("The words to search for are empty.")
         units = _units(self.embedder.embed_queries(asked))
         vector = units[0] if minus is None else units[0] - units[1] / 2
         a_piece = math.ceil(len(self.store) / max(self.items, 1))
-        return self.nearest(vector, count, a_piece * count + SPARE, where)
-
-    def nearest(
-        self, vector: Float[np.ndarray, "d"], count: int, rows: int, where: Where | None = None
-    ) -> list[TextHit]:
-        """The `count` items whose nearest texts are among the `rows` nearest."""
         found: dict[str, TextHit] = {}
-        for hit in self.store.query(vector, rows, where):
+        for hit in self.store.query(vector, a_piece * count + SPARE, where):
             name = hit.id.partition("@")[2]
-            if name not in found:  # the first is its best
+            if name not in found and (name, hit.meta[TEXT]) != but:  # the first is its best
                 meta = {column: value for column, value in hit.meta.items() if column != TEXT}
                 found[name] = TextHit(name, hit.score, str(hit.meta[TEXT]), meta)
         ordered = sorted(found.values(), key=lambda hit: (-hit.score, hit.id))

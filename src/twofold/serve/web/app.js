@@ -270,7 +270,7 @@ function spaces(hit) {
 function renderFilters() {
   const drawers = Object.entries(facts.columns).map(([name, values]) => {
     const boxes = values.map(([value, count]) => {
-      const term = `${name}=${value}`;
+      const term = `${name}=${/^["']|\s(and|or)\s/i.test(value) ? JSON.stringify(value) : value}`; // not two conditions
       const box = element("input", { type: "checkbox", value: term });
       box.onchange = () => filter(term, box.checked);
       return element("label", {}, box, element("span", {}, String(value)), element("small", {}, count.toLocaleString()));
