@@ -249,6 +249,7 @@ def main() -> None:
     parser.add_argument("captions", type=Path)
     parser.add_argument("--data", nargs="+", default=["openmoji", "flickr8k"], choices=["openmoji", "flickr8k"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", help="only these ways to mine, in the order of the table")
     parser.add_argument("--runs", type=Path, default=Path("runs/hard_negatives"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -270,7 +271,7 @@ def main() -> None:
 
             def keep(how: str, row: dict, there: dict = there, about: str = f"{name} seed {seed}") -> bool:
                 if not row:
-                    return how not in there
+                    return how not in there and how in (arguments.ways or [how])
                 there[how] = row
                 words = json.dumps(results, indent=1) + "\n"
                 write_atomically(arguments.out, lambda path: path.write_text(words))
