@@ -17,6 +17,7 @@ from twofold.models.ema import rising
 
 POINT = 0.03  # spread of directions: below it all of them are one, up to noise
 SHEET = 0.01  # effective rank over width: below it embeddings lie in a thin sheet
+THIN = 0.1  # the same, where two axes hold nearly all of the variance: others may be small and tell much
 STUCK = 0.01  # of the way from chance to the best possible loss: what a run has to come off it
 ROOM = 0.25  # nats between chance and the best possible: with less, all negatives weigh alike
 COLD = 2.0  # times chance: where a first loss is higher than this, few negatives carry it
@@ -74,7 +75,8 @@ def collapse_in(log: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> 
 
 def examined(health: Health) -> list[Verdict]:
     """What embeddings of plain items, without views, look like."""
-    found = []
+    found: list[Verdict] = []
+    width = min(health.n, health.width)
     if health.spread < POINT:
         found.append(
             Verdict(
@@ -85,7 +87,7 @@ def examined(health: Health) -> list[Verdict]:
                 "Nothing can be read from it; see what the training's own log says.",
             )
         )
-    elif health.rank < max(2.0, SHEET * min(health.n, health.width)) or health.axes <= 2:
+    elif health.rank < max(2.0, SHEET * width) or (health.axes <= 2 and health.rank < THIN * width):
         found.append(
             Verdict(
                 "thin sheet",

@@ -16,6 +16,7 @@ from twofold.measure.structure import COPIES
 
 LAGS = 2.5  # times: how much less plain pictures may spread in evaluation than views did in training
 SOME = 0.02  # of the items: so many copies are worth a word
+BLURRED = 0.1  # of the items: so many may be one to an encoder that has seen little
 AT_ONE = 0.98  # median cosine of two views: there is nothing left between them
 SHORT = 0.3  # of the partners: what a colour histogram or a thumbnail must not find alone
 LEAKS = 0.05  # of the partners: how many more are found where BatchNorm sees both in one batch
@@ -57,7 +58,7 @@ def of_copies(groups: Int[np.ndarray, "n"] | None, one: float, batch: int) -> li
                     "Keep one of each (twofold index --duplicates lists them), or tell them apart by labels (supcon).",
                 )
             ]
-    if one < SOME:
+    if one < BLURRED:
         return []
     return [
         Verdict(
