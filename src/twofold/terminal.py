@@ -6,12 +6,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from twofold.errors import TwofoldError
 from twofold.measure.calibrate import Calibrated
-from twofold.measure.evaluate import Evaluation, Labels, Paired, Space
+from twofold.measure.evaluate import Evaluation, Paired, Space
 from twofold.measure.hubness import Gap
-from twofold.measure.metrics import Interval
+from twofold.measure.labelled import Labels, against
+from twofold.measure.metrics import Interval, points
 from twofold.measure.policy_audit import Audit, Finding
 from twofold.measure.retrieval import Retrieval
+from twofold.measure.suite import Suite
 from twofold.measure.zero_shot import ZeroShot
 from twofold.retrieve.corrected import DEEP, Change, Corrected
 from twofold.retrieve.store import Hit
@@ -37,7 +40,7 @@ def interval(value: Interval) -> str:
 def evaluation_tables(measured: Evaluation) -> Iterable[Table]:
     """One table for labels, one for retrieval; intervals are 95 % bootstrap."""
     if measured.labels is not None:
-        yield labels_table(measured.labels)
+        yield from label_tables(measured.labels)
     if measured.zero_shot is not None:
         yield zero_shot_table(measured.zero_shot)
     if measured.paired is not None:
@@ -49,15 +52,75 @@ def evaluation_tables(measured: Evaluation) -> Iterable[Table]:
         yield gap_table(measured.space.gap)
 
 
-def labels_table(labels: Mapping[str, Labels]) -> Table:
-    attentive = any(probes.attentive for probes in labels.values())
-    made = table("accuracy on test", "kNN", "linear", *(["attentive"] if attentive else []), "5 a class", "chance")
+def label_tables(labels: Mapping[str, Labels], models: Sequence[str] = ("trained",)) -> Iterable[Table]:
+    """What probes read, what few labels give, what is found and clustered; and `models` against all others."""
+    more = [kind for kind in ("attentive", "fine_tuned") if any(getattr(probes, kind) for probes in labels.values())]
+    names = [kind.replace("_", "-") for kind in more]
+    read = table("accuracy on test", "kNN", "linear", *names, "chance")
+    few = sorted({k for probes in labels.values() for part in (probes.few, probes.shares) for k in part.accuracy})
+    shots, shares = [k for k in few if k >= 1], [k for k in few if k < 1]
+    some = table("from few labels", *(f"{k:g} a class" for k in shots), *(f"{100 * k:g} %" for k in shares))
+    order = table("the same label", "R@1", "R@5", "mAP", "NMI", "ARI")
     for name, probes in labels.items():
-        found = [probes.knn, probes.linear, *([probes.attentive] if attentive else [])]
-        cells = [interval(probe.accuracy) if probe else "" for probe in found]
-        few = probes.few.accuracy.get(5)
-        made.add_row(name, *cells, f"{few.value:.3f}" if few else "", f"{probes.knn.chance:.3f}")
+        optional = [getattr(probes, kind) for kind in more]
+        cells = [interval(probe.accuracy) if probe else "" for probe in (probes.knn, probes.linear, *optional)]
+        read.add_row(name, *cells, f"{probes.knn.chance:.3f}")
+        given = [probes.few.accuracy.get(k) for k in shots] + [probes.shares.accuracy.get(k) for k in shares]
+        some.add_row(name, *(interval(value) if value else "" for value in given))
+        found, clusters = probes.found, probes.clusters
+        order.add_row(
+            name,
+            *(interval(found.recall[k]) if found else "" for k in (1, 5)),
+            interval(found.map) if found else "",
+            *(f"{value.value:.3f}" if clusters else "" for value in (clusters[:2] if clusters else ("", ""))),
+        )
+    first = next((probes.found for probes in labels.values() if probes.found), None)
+    if first is not None:
+        order.add_row("[dim]chance[/dim]", *(f"[dim]{first.chance[k]:.3f}        [/dim]" for k in (1, 5)))
+    yield read
+    yield some
+    yield order
+    others = [(one, other) for one in models if one in labels for other in labels if other != one]
+    others = [pair for place, pair in enumerate(others) if pair[::-1] not in others[:place]]
+    if others:
+        yield differences_table(labels, others, "fine_tuned" if "fine_tuned" in more else "5")
+
+
+def differences_table(labels: Mapping[str, Labels], pairs: Sequence[tuple[str, str]], last: str) -> Table:
+    """Paired differences in points of accuracy on the same items; those whose interval holds 0 are pale."""
+    probes = {"linear": "linear", "kNN": "knn", {"5": "5 a class"}.get(last, "fine-tuned"): last}
+    made = table("points ahead of", *probes)
+    for one, other in pairs:
+        cells = []
+        for probe in probes.values():
+            try:
+                found = against(labels[one], labels[other], probe)
+            except TwofoldError:  # a probe that one of them has not
+                cells.append("–")
+                continue
+            cells.append(str(found) if found.sure else f"[dim]{found}[/dim]")
+        made.add_row(other if len({pair[0] for pair in pairs}) == 1 else f"{one} − {other}", *cells)
     return made
+
+
+def suite_tables(done: Suite) -> Iterable[Table]:
+    """One table of all data sets, where there are several; then each by itself."""
+    if len(done.found) > 1:
+        for probe in ("linear", "knn"):
+            made = table({"linear": "linear", "knn": "kNN"}[probe], *done.found)
+            for name in next(iter(done.found.values())):
+                cells = [interval(getattr(labels[name], probe).accuracy) for labels in done.found.values()]
+                made.add_row(name, *cells)
+            yield made
+    for data, own in done.shifts.items():
+        made = table(f"away from home: {data}", "points of linear accuracy")
+        for name, gap in own.items():
+            made.add_row(name, points(gap))
+        yield made
+    for data, labels in done.found.items():
+        learned, asked = done.sizes[data]
+        yield table(f"[bold]{data}[/bold]: {learned:,} labels, {asked:,} tested")
+        yield from label_tables(labels, done.models)
 
 
 def recall_table(measured: Mapping[str, Paired]) -> Table:

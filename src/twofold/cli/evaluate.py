@@ -1,25 +1,28 @@
 """`twofold evaluate`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import arg
 
-from twofold.cli.flags import Columns, Data, OnError, assigned, verb
-from twofold.cli.show import print_evaluation, print_json
+from twofold.cli.flags import Columns, OnError, assigned, verb
+from twofold.cli.show import print_evaluation, print_json, print_suite
 
 
 @verb
 def evaluate(
-    model: Annotated[Path, arg(metavar="MODEL")],
+    models: Annotated[tuple[Path, ...], arg(metavar="MODEL …")],
     /,
     *,
-    data: Data,
+    data: Annotated[str | None, arg(metavar="DATA")] = None,
+    suite: Annotated[Path | None, arg(metavar="FILE")] = None,
     split: str = "test",
     limit: int | None = None,
-    at: Literal["encoder", "head"] = "encoder",
+    at: Annotated[str, arg(metavar="encoder|head|layer:N")] = "encoder",
     attentive: bool = False,
-    baselines: bool = False,
+    fine_tune: bool = False,
+    epochs: int = 10,
+    baselines: bool = True,
     by: Annotated[str | None, arg(metavar="COLUMN")] = None,
     zero_shot: Annotated[tuple[str, ...], arg(metavar="TEMPLATE")] = (),
     between: Annotated[tuple[str, ...], arg(metavar="A B")] = (),
@@ -28,23 +31,32 @@ def evaluate(
     on_error: OnError = "skip",
     json: bool = False,
 ) -> None:
-    """Measure a model: neighbours, linear and few-shot probes of labels, recall both ways where there are pairs.
+    """Measure models: what neighbours, linear probes and few labels read, what is found and clustered, recall both
+    ways where there are pairs; beside raw pixels, colours, the encoder untrained and one with ImageNet's weights.
 
     examples:
-      twofold evaluate runs/a --data photos/ --baselines
-      twofold evaluate runs/a --data photos/ --at head
+      twofold evaluate runs/a --data photos/
+      twofold evaluate runs/a runs/b --data photos/              # which is surely better, on the same pictures?
+      twofold evaluate runs/a --data photos/ --fine-tune         # and when the encoder may learn along?
+      twofold evaluate runs/a --suite suite.toml                 # several data sets, and away from home
+      twofold evaluate runs/a --data photos/ --at layer:3
       twofold evaluate runs/c --data clips.csv --columns file=video --attentive
       twofold evaluate runs/b --data captions.csv --by group
       twofold evaluate runs/b --data photos/ --zero-shot "a photo of a {}" "a {} seen from above"
 
     Args:
-        model: a bundle, or the folder of a run
+        models: bundles, or folders of runs
         data: labelled or captioned pictures with splits, or labelled videos
+        suite: several labelled data sets instead of --data: a TOML file of [[data]] with name, path and, for pictures
+            of another domain, fit = the name of the set that probes learn from
         split: what is tested on; probes are fitted on "train"
         limit: fit the probes on the first so many items of "train"
-        at: head: measure behind the head of the training, too; what it throws away, the encoder still has
+        at: head: measure behind the head of the training, too; what it throws away, the encoder still has. layer:3:
+            measure at the third layer, too
         attentive: read the tokens of the encoder too, all of which are held in memory
-        baselines: measure raw pixels, colours and the untrained encoder too
+        fine_tune: train a copy of each encoder on the labels too, its learning rate chosen on a fifth of them
+        epochs: of --fine-tune
+        baselines: leave out raw pixels, colours, the untrained encoder and ImageNet's weights
         by: recall for each value of this column too: label, split, or any other column of the data
         zero_shot: classify by the names of the classes, written into these sentences; several are averaged
         between: which two modalities, where model and data share more
@@ -53,25 +65,60 @@ def evaluate(
         on_error: what to do with a file that cannot be read
         json: print the result as JSON
     """
+    import functools
+
     from twofold.data.sources import open_source
+    from twofold.errors import UsageError
     from twofold.measure.evaluate import evaluate
+    from twofold.measure.suite import read_suite, task
+    from twofold.measure.suite import suite as measured_suite
     from twofold.models.bundle import Bundle
 
-    measured = evaluate(
-        Bundle.load(model, heads=at == "head"),
-        open_source(data, images=images, columns=assigned("columns", columns)),
-        split=split,
-        limit=limit,
-        at=at,
-        attentive=attentive,
-        baselines=baselines,
-        by=by,
-        templates=zero_shot,
-        between=between,
-        on_error=on_error,
-        quiet=json,
-    )
-    if json:
-        print_json(measured)
+    if (data is None) == (suite is None):
+        raise UsageError("evaluate takes --data or --suite, one of them.")
+    if not models:
+        raise UsageError("evaluate takes a model: a bundle, or the folder of a run.")
+    tuned = None
+    if fine_tune:
+        from twofold.train.fine_tune import fine_tune as tune
+
+        tuned = functools.partial(tune, epochs=epochs)
+    bundles = {name: Bundle.load(path, heads=at == "head") for name, path in zip(named(models), models, strict=True)}
+    if suite is None and len(models) == 1:
+        assert data is not None
+        measured = evaluate(
+            next(iter(bundles.values())),
+            open_source(data, images=images, columns=assigned("columns", columns)),
+            split=split,
+            limit=limit,
+            at=at,
+            attentive=attentive,
+            fine_tune=tuned,
+            baselines=baselines,
+            by=by,
+            templates=zero_shot,
+            between=between,
+            on_error=on_error,
+            quiet=json,
+        )
+        print_json(measured) if json else print_evaluation(measured)
+        return
+    if by or zero_shot or between:
+        raise UsageError("--by, --zero-shot and --between measure one model on one data set.")
+    if suite is not None:
+        tasks = read_suite(suite)
     else:
-        print_evaluation(measured)
+        assert data is not None
+        source = open_source(data, images=images, columns=assigned("columns", columns))
+        tasks = [task(source.name, source, split=split, limit=limit)]
+    done = measured_suite(bundles, tasks, at=at, attentive=attentive, fine_tune=tuned, baselines=baselines, quiet=json)
+    print_json(done) if json else print_suite(done)
+
+
+def named(paths: tuple[Path, ...]) -> list[str]:
+    """Models by the last part of their paths that tells them apart."""
+    for parts in range(1, max((len(path.parts) for path in paths), default=1) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({number})" for number, path in enumerate(paths, 1)]

@@ -51,6 +51,12 @@ def print_evaluation(measured: Any) -> None:
     CONSOLE.print(*evaluation_tables(measured), sep="\n")
 
 
+def print_suite(done: Any) -> None:
+    from twofold.terminal import CONSOLE, suite_tables
+
+    CONSOLE.print(*suite_tables(done), sep="\n")
+
+
 def print_hits(hits: list) -> None:
     from twofold.terminal import CONSOLE, hits_table
 

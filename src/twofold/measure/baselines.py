@@ -1,10 +1,12 @@
-"""Features that nobody trained: what an encoder has to be better than."""
+"""What an encoder has to be better than: features that nobody trained, and weights that are to be had."""
 
 import numpy as np
 from jaxtyping import Float
 
 from twofold.errors import DataError
 
+IMAGENET = "efficientnet-lite0"  # an encoder with ImageNet's labels behind it, whose weights are installed
+THUMBNAIL = 16  # pixels a side of the pictures that raw pixels are: 768 columns in colour
 BINS = 6  # of each colour: 216 of them together
 GRAYS = 32  # bins of each channel, where there are not three
 

@@ -2,39 +2,19 @@
 where there are words for them, recall where there are pairs."""
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import torch
-
-from twofold import runtime
-from twofold.data.cache import decoded, decoded_clips
 from twofold.data.decode import OnError
 from twofold.data.sources import Modality, Source
 from twofold.errors import DataError, UsageError, unknown
-from twofold.measure.baselines import colour_histogram, thumbnails
 from twofold.measure.columns import LEAST, columns_of
-from twofold.measure.embed import embed, tokens
+from twofold.measure.embed import embed
 from twofold.measure.hubness import Gap, Hubness, gap, hubness
+from twofold.measure.labelled import At, FineTune, Labels, kind_seen, labelled, measured_at, pixels, stand_ins
 from twofold.measure.matched import Matched, matched, pair_of
-from twofold.measure.probes import FewShot, Probe, attentive_probe, few_shot, knn_probe, linear_probe
 from twofold.measure.retrieval import Retrieval, retrieval
 from twofold.measure.zero_shot import ZeroShot, prototypes, zero_shot
-from twofold.models.bundle import Bundle, Tower
-from twofold.models.encoders import Encoder, fresh
-
-THUMBNAIL = 32  # pixels a side of the pictures that the pixel baseline compares
-
-
-class Labels(NamedTuple):
-    """How well labels follow from embeddings: by neighbours, a linear map, few examples, one that looks at tokens."""
-
-    knn: Probe
-    linear: Probe
-    few: FewShot
-    attentive: Probe | None = None
-
+from twofold.models.bundle import Bundle
 
 Paired = dict[str, Retrieval]  # "text_to_image" and "image_to_text", or whatever the two modalities are called
 
@@ -48,7 +28,7 @@ class Space(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """`labels` by what was embedded ("trained", "head", the baselines); None where there is nothing to measure on."""
+    """`labels` by what was embedded ("trained", "head", "layer:3", the baselines); None where nothing can be."""
 
     labels: dict[str, Labels] | None
     paired: Paired | None
@@ -95,9 +75,10 @@ def evaluate(
     *,
     split: str = "test",
     limit: int | None = None,
-    at: Literal["encoder", "head"] = "encoder",
+    at: At = "encoder",
     attentive: bool = False,
-    baselines: bool = False,
+    fine_tune: FineTune | None = None,
+    baselines: bool = True,
     by: str | None = None,
     templates: Sequence[str] = (),
     between: Sequence[Modality] = (),
@@ -106,46 +87,41 @@ def evaluate(
 ) -> Evaluation:
     """Measure `bundle` on one split of `data` (on all of it where it names none, if no labels need a training split).
 
-    Labelled pictures or videos: a kNN and a linear probe, and class means of 1, 5 and 10 examples in many draws, are
-    fitted on the split "train" (its first `limit` items) and tested on `split`, and with `attentive` a probe of the
-    encoder's tokens, which are held in memory; `at="head"` measures behind the training head as well, where the loss
-    was taken (the bundle must have been loaded with its heads); `baselines` adds raw pixels and colours (of a video,
-    those of its average frame) and the same encoder untrained. With `templates` ("a photo of a {}") the pictures are
+    Labelled pictures or videos: a kNN and a linear probe, class means of 1, 5 and 10 examples, linear probes of 1 % and
+    10 % of the labels, in many draws, are fitted on the split "train" (its first `limit` items) and tested on `split`;
+    among the items of `split`, which find others of their label, and which clusters are their labels. `attentive` adds
+    a probe of the encoder's tokens, which are held in memory, and `fine_tune` one that trains the encoder along
+    (`twofold.train.fine_tune.fine_tune`). `at="head"` measures behind the training head as well, where the loss was
+    taken (the bundle must have been loaded with its heads), `at="layer:3"` at the encoder's third layer as well.
+    Beside it stand `baselines`: raw pixels and colours (of a video, those of its average frame), the same encoder
+    untrained, and of pictures one with ImageNet's weights. With `templates` ("a photo of a {}") the pictures are
     classified by the names of their classes, without any fitting. Two modalities that the bundle and the data share,
     such as pictures and captions: recall both ways, for each value of the column `by` too, the gap between them and
     their hubs; always by plain cosines. `between` names the two where there are more.
     """
-    if at == "head" and "image" not in bundle.heads:
-        raise UsageError(
-            "This bundle has no training head to measure behind: its method has none, an older twofold saved it, or it "
-            "was loaded without (Bundle.load(folder, heads=True))."
-        )
     labels = pairs = None
     fitted = data.splits is not None and ("train" in data.splits or not templates)
-    seen = next(
-        (kind for kind in ("image", "video") if kind in bundle.towers and kind in data.modalities.values()), None
-    )
+    seen = kind_seen(bundle, data)
     if attentive and seen is None:
         raise UsageError(f"An attentive probe reads pictures or videos; this bundle and {data.name} share neither.")
     if data.labels is not None and fitted and seen is not None:
         train, tested = data.split("train"), data.split(split)
         parts = (train.take(range(min(limit or len(train), len(train)))), tested)
-        tower, modality = bundle.towers[seen], data.only(seen)
-        models: dict[str, Tower | Encoder] = {"trained": tower}
-        if at == "head":
-            models["head"] = bundle.heads["image"]
+        modality = data.only(seen)
+        models = measured_at(bundle, seen, at)
+        labels = labelled(
+            models | (stand_ins(bundle.towers[seen]) if baselines else {}),
+            parts,
+            modality,
+            attentive=attentive,
+            fine_tune=fine_tune,
+            on_error=on_error,
+            quiet=quiet,
+        )
         if baselines:
-            models["untrained"] = _untrained(tower)
-        labels = {
-            name: _probes(*(_embedded(model, part, modality, on_error=on_error, quiet=quiet) for part in parts))
-            for name, model in models.items()
-        }
-        for name, model in models.items() if attentive else ():
-            if name != "head":  # it has no tokens
-                read = [_tokens(model, part, modality, on_error=on_error, quiet=quiet) for part in parts]
-                labels[name] = labels[name]._replace(attentive=attentive_probe(*read[0], *read[1]))
-        if baselines:
-            labels |= _pixels(parts, modality, int(tower.encoder.spec["channels"]), on_error)
+            labels |= pixels(parts, modality, int(bundle.towers[seen].encoder.spec["channels"]), on_error)
+    elif at != "encoder":
+        measured_at(bundle, "image", at)
     tested = data if data.splits is None else data.split(split)
     named = _zero_shot(bundle, tested, templates, on_error=on_error, quiet=quiet) if templates else None
     space = None
@@ -188,53 +164,3 @@ def _groups(items: Source, by: str | None) -> list[str | None] | None:
     if not column.classes:
         raise UsageError(f"No value of {by!r} belongs to {LEAST} items or more, so there are no groups to compare.")
     return [column.classes[value] if value >= 0 else None for value in column.values.tolist()]
-
-
-Features = tuple[np.ndarray, np.ndarray]  # one row an item, and the items' labels
-
-
-def _probes(train: Features, test: Features) -> Labels:
-    return Labels(knn=knn_probe(*train, *test), linear=linear_probe(*train, *test), few=few_shot(*train, *test))
-
-
-def _embedded(
-    tower: Tower | Encoder, source: Source, modality: Modality, *, on_error: OnError, quiet: bool
-) -> Features:
-    done = embed(tower, source, modality, on_error=on_error, quiet=quiet)
-    assert source.labels is not None
-    return done.matrix, source.labels[done.kept]
-
-
-def _tokens(tower: Tower | Encoder, source: Source, modality: Modality, *, on_error: OnError, quiet: bool) -> Features:
-    encoder = tower.encoder if isinstance(tower, Tower) else tower
-    assert isinstance(encoder, Encoder) and source.labels is not None
-    found, kept = tokens(encoder, source, modality, on_error=on_error, quiet=quiet)
-    return found, source.labels[kept]
-
-
-def _pixels(parts: tuple[Source, Source], modality: Modality, channels: int, on_error: OnError) -> dict[str, Labels]:
-    """What thumbnails know, as they are and by their colours alone."""
-    found, of = [], []
-    for part in parts:
-        if part.modalities[modality] == "video":
-            frames, offsets, kept, _ = decoded_clips(part, modality, THUMBNAIL, channels=channels, on_error=on_error)
-            means = np.stack([frames[start:stop].mean(0) for start, stop in pairwise(offsets)])
-            pixels = means if frames.dtype.kind == "f" else means.round().astype(frames.dtype)
-        else:
-            pixels, kept, _ = decoded(part, THUMBNAIL, channels=channels, on_error=on_error)
-        assert part.labels is not None
-        found.append(pixels)
-        of.append(part.labels[kept])
-    train, mean = thumbnails(found[0])
-    test, _ = thumbnails(found[1], mean)
-    return {
-        "pixels": _probes((train, of[0]), (test, of[1])),
-        "colours": _probes((colour_histogram(found[0]), of[0]), (colour_histogram(found[1]), of[1])),
-    }
-
-
-def _untrained(tower: Tower) -> Encoder:
-    """The tower's encoder as it was before anything was learned."""
-    with torch.random.fork_rng():
-        torch.manual_seed(runtime.seed_of("untrained"))
-        return fresh(tower.encoder)

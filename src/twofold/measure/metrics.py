@@ -66,6 +66,49 @@ def bootstrap(
     return Interval(each.mean().item(), low, high)
 
 
+class Difference(NamedTuple):
+    """How much more one model gets than another on the same items, and how easily chance would make as much of it."""
+
+    gap: Interval  # mean difference; the interval is paired
+    p: float  # two-sided; small where the signs of the items' differences are no coincidence
+
+    @property
+    def sure(self) -> bool:
+        """The interval does not hold 0."""
+        return self.gap.low > 0 or self.gap.high < 0
+
+    def __str__(self) -> str:
+        return points(self.gap)
+
+
+def points(value: Interval) -> str:
+    """A difference of shares in points, with its sign."""
+    return f"{100 * value.value:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]".replace("-", "−")
+
+
+def paired(
+    one: Sequence[float] | Float[np.ndarray, "n"],
+    other: Sequence[float] | Float[np.ndarray, "n"],
+    *,
+    flips: int = 9_999,
+    draw: torch.Generator | None = None,
+) -> Difference:
+    """`one` against `other`, item by item: a bootstrap of the differences, and a test that gives each a random sign.
+
+    Were both models equally good, each difference would as well have the other sign; p is the share of sign flips with
+    a sum as far from 0. Of hits and misses this is McNemar's test, by simulation: p cannot fall below 1/(flips + 1).
+    """
+    _same_length("one", one, "other", other)
+    each = torch.as_tensor(np.subtract(one, other), dtype=torch.double)
+    draw = draw or generator("paired")
+    moved = each[each != 0]
+    total, beyond = moved.sum().abs() - 1e-9, 0
+    for block in row_blocks(flips, max(1, len(moved)), CELLS // 4):
+        signs = torch.randint(2, (block.stop - block.start, len(moved)), generator=draw, dtype=torch.int8)
+        beyond += int(((2 * signs.double() - 1) @ moved).abs().ge(total).sum())
+    return Difference(bootstrap(each), (1 + beyond) / (1 + flips))
+
+
 def accuracy(
     predicted: Int[np.ndarray, "n"], labels: Int[np.ndarray, "n"], *, draw: torch.Generator | None = None
 ) -> Interval:
@@ -190,6 +233,48 @@ def recall_chance(positives: int, gallery: int, k: int) -> float:
     k = min(k, gallery)
     orders = math.comb(gallery, k)
     return (orders - math.comb(gallery - positives, k)) / orders
+
+
+class Nearest(NamedTuple):
+    """The k rows of a bank that are nearest to each query, nearest first."""
+
+    cosines: Float[Tensor, "q k"]
+    rows: Int[Tensor, "q k"]
+
+
+STRIPE = 64  # columns that are looked at through their maximum
+
+
+def nearest(queries: Float[Tensor, "q d"], bank: Float[Tensor, "n d"], k: int, *, cells: int = CELLS) -> Nearest:
+    """The `k` nearest of `bank` by dot product, exactly; at most `cells` products are in memory at once.
+
+    Of each stripe of the bank only the maximum is looked at first: the k best rows lie in the k stripes of highest
+    maxima. That leaves a selection among k stripes, and what takes time is the product of the matrices.
+    """
+    n = len(bank)
+    k = min(k, n)
+    stripes = n // STRIPE  # row r < stripes · STRIPE is in stripe r mod stripes: the maximum runs along memory
+    cosines, rows = queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.long)
+    rows = rows.to(queries.device)
+    held: Tensor | None = None
+    for block in row_blocks(len(queries), n, cells):
+        some = queries[block]
+        if held is None or len(held) != len(some):
+            held = queries.new_empty(len(some), n)
+        table = torch.mm(some, bank.T, out=held)
+        if stripes <= 2 * k:
+            best = table.topk(k)
+            cosines[block], rows[block] = best.values, best.indices
+            continue
+        striped = table[:, : stripes * STRIPE].view(len(some), STRIPE, stripes)
+        chosen = striped.amax(1).topk(k).indices
+        inside = striped.gather(2, chosen[:, None].expand(-1, STRIPE, -1)).flatten(1)
+        at = (torch.arange(STRIPE, device=chosen.device)[None, :, None] * stripes + chosen[:, None]).flatten(1)
+        rest = table[:, stripes * STRIPE :]
+        best = torch.cat((inside, rest), 1).topk(k)
+        more = torch.arange(stripes * STRIPE, n, device=at.device).expand(len(some), -1)
+        cosines[block], rows[block] = best.values, torch.cat((at, more), 1).gather(1, best.indices)
+    return Nearest(cosines, rows)
 
 
 def as_rows(x: Matrix) -> Float[Tensor, "n d"]:

@@ -23,6 +23,7 @@ from twofold.measure.metrics import (
     accuracy_chance,
     as_rows,
     bootstrap,
+    nearest,
     row_blocks,
     unit_rows,
 )
@@ -40,8 +41,8 @@ class Probe(NamedTuple):
     accuracy: Interval  # share of labelled test items that are right, 0..1
     chance: float  # accuracy of the best constant answer
     predicted: Labels  # for every test row
-    l2: float | None = None  # the penalty that validation chose; None: a probe without one
-    validation: dict[float, float] | None = None  # l2 → accuracy on validation
+    l2: float | None = None  # the penalty (of fine-tuning, the learning rate) that validation chose; None: without
+    validation: dict[float, float] | None = None  # accuracy on validation by penalty or rate
 
 
 def knn_probe(
@@ -65,12 +66,12 @@ def knn_probe(
     _check_set("test", queries, test_y, bank.shape[1])
     bank, y = _labelled("train", bank, train_y)
     classes, y = y.unique(return_inverse=True)
-    k = min(k, len(bank))
+    found = nearest(queries, bank, k)
     predicted = []
-    for block in row_blocks(len(queries), max(len(bank), len(classes))):
-        cosines, nearest = (queries[block] @ bank.T).topk(k)
+    for block in row_blocks(len(queries), max(len(classes), k)):
+        cosines = found.cosines[block]
         weights = ((cosines - cosines[:, :1]) / temperature).exp()  # relative to the nearest: cannot overflow
-        votes = weights.new_zeros(len(weights), len(classes)).scatter_add_(1, y[nearest], weights)
+        votes = weights.new_zeros(len(weights), len(classes)).scatter_add_(1, y[found.rows[block]], weights)
         predicted.append(classes[votes.argmax(1)])
     answer = torch.cat(predicted).cpu().numpy()
     return Probe(accuracy(answer, test_y, draw=draw), accuracy_chance(test_y), answer)
@@ -166,11 +167,11 @@ def attentive_probe(
 
 
 class FewShot(NamedTuple):
-    """How well class means of few examples read the labels; by the number of examples a class."""
+    """How well few labels read the others: by the number of examples a class, or by the share of labels kept."""
 
-    accuracy: dict[int, Interval]  # over test items, of the mean over draws
-    spread: dict[int, float]  # the standard deviation of a draw's accuracy: luck with the examples
-    right: dict[int, Float[np.ndarray, "n"]]  # by labelled test item, the share of draws in which it is right
+    accuracy: dict[float, Interval]  # over test items, of the mean over draws
+    spread: dict[float, float]  # the standard deviation of a draw's accuracy: luck with the examples
+    right: dict[float, Float[np.ndarray, "n"]]  # by labelled test item, the share of draws in which it is right
     chance: float
 
 
@@ -201,7 +202,8 @@ def few_shot(
     draw = draw or generator("few_shot")
     members = [(y == place).nonzero().flatten() for place in range(len(classes))]
     orders = [torch.rand(draws, len(own), generator=draw).argsort(1).to(z.device) for own in members]
-    right, spread = {}, {}
+    right: dict[float, np.ndarray] = {}
+    spread: dict[float, float] = {}
     for k in shots:
         means = torch.stack(
             [z[own[order[:, :k]]].mean(1) for own, order in zip(members, orders, strict=True)], 1
@@ -211,6 +213,49 @@ def few_shot(
             [classes[torch.addmm(-each.square().sum(1) / 2, test, each.T).argmax(1)] == answers for each in means]
         ).double()
         right[k], spread[k] = hits.mean(0).cpu().numpy(), hits.mean(1).std(correction=0).item()
+    return FewShot({k: bootstrap(each) for k, each in right.items()}, spread, right, accuracy_chance(test_y))
+
+
+def few_labels(
+    train_z: Matrix,
+    train_y: Labels,
+    test_z: Matrix,
+    test_y: Labels,
+    *,
+    shares: Sequence[float] = (0.01, 0.1),
+    draws: int = 10,
+    l2: Sequence[float] = (1.0, 0.1, 1e-2, 1e-3),
+    draw: torch.Generator | None = None,
+) -> FewShot:
+    """`linear_probe` of a share of the training labels, for many draws, each class in proportion and twice at least.
+
+    The penalty is chosen anew in each draw, on a fifth of what was drawn. A share that leaves less than two labels a
+    class is left out.
+    """
+    if not shares or not 0 < min(shares) <= max(shares) <= 1 or draws < 1:
+        raise UsageError(f"few_labels needs shares in 0..1 and draws of 1 or more; got {tuple(shares)} and {draws}.")
+    z, test = as_rows(train_z), as_rows(test_z)
+    _check_set("test", test, test_y, z.shape[1])
+    z, y = _labelled("train", z, train_y)
+    test, answers = _labelled("test", test, test_y)
+    draw = draw or generator("few_labels")
+    members = [(y == name).nonzero().flatten() for name in y.unique()]
+    shares = [share for share in shares if share * len(y) >= 2 * len(members)]
+    own, asked = y.cpu().numpy(), answers.cpu().numpy()
+    right: dict[float, np.ndarray] = {}
+    spread: dict[float, float] = {}
+    for share in shares:
+        hits = []
+        for _ in range(draws):
+            some = [
+                rows[torch.randperm(len(rows), generator=draw)[: max(2, round(share * len(rows)))].to(rows.device)]
+                for rows in members
+            ]
+            kept = torch.cat(some)
+            found = linear_probe(z[kept], own[kept.cpu().numpy()], test, asked, l2=l2, draw=draw)
+            hits.append(found.predicted == asked)
+        table = np.asarray(hits, float)
+        right[share], spread[share] = table.mean(0), float(table.mean(1).std())
     return FewShot({k: bootstrap(each) for k, each in right.items()}, spread, right, accuracy_chance(test_y))
 
 
@@ -292,8 +337,8 @@ def _regressions(
     mean = z.mean(0)
     # A column that is constant up to rounding must not be blown up to variance 1.
     scale = z.std(0, correction=0).clamp_min(1e-6 * z.abs().amax().clamp_min(torch.finfo(z.dtype).tiny))
-    standard = (z - mean) / scale
-    weight = z.new_zeros(z.shape[1], classes, requires_grad=True)
+    standard, axes = _own_axes((z - mean) / scale)
+    weight = z.new_zeros(standard.shape[1], classes, requires_grad=True)
     bias = z.new_zeros(classes, requires_grad=True)
     fits = []
     for penalty in penalties:
@@ -307,9 +352,18 @@ def _regressions(
 
         with torch.enable_grad():
             optimizer.step(loss)
-        raw = weight.detach() / scale[:, None]
+        raw = (weight.detach() if axes is None else axes @ weight.detach()) / scale[:, None]
         fits.append(_Linear(raw, bias.detach() - mean @ raw))
     return fits
+
+
+def _own_axes(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "d m"] | None]:
+    """`x` in the axes that its rows span, where they are fewer than its columns: a penalty on the length of weights
+    keeps them there, and no rotation changes it."""
+    if len(x) >= x.shape[1]:
+        return x, None
+    axes = torch.linalg.qr(x.T).Q
+    return x @ axes, axes
 
 
 def _hold_out(n: int, draw: torch.Generator) -> tuple[Int[Tensor, "kept"], Int[Tensor, "held"]]:

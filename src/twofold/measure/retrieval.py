@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from twofold.errors import DataError, UsageError
 from twofold.measure.metrics import (
     CELLS,
+    TIE,
     Interval,
     Matrix,
     average_precision,
@@ -101,4 +102,52 @@ def retrieval(
             members.setdefault(name, []).append(row)
     return summary(
         np.arange(len(queries)), {name: summary(np.array(rows), {}) for name, rows in sorted(members.items())}
+    )
+
+
+def same_label(
+    z: Matrix, labels: Int[np.ndarray, "n"], *, ks: Sequence[int] = (1, 5, 10), cells: int = CELLS
+) -> Retrieval:
+    """Each labelled item looks for the others of its label, by cosine, among all other labelled items.
+
+    mAP counts all of them, recall@k whether one is among the first k; a tie with an item of another label counts
+    against. An item that is alone with its label is in the gallery, but asks nothing.
+    """
+    if not ks or min(ks) < 1:
+        raise UsageError(f"Recall@k needs every k ≥ 1; got {tuple(ks)}.")
+    labels = np.asarray(labels)
+    kept = np.flatnonzero(labels >= 0)
+    if len(kept) < 2:
+        raise DataError(f"Items look for others of their label; {len(kept)} have one.")
+    u, y = unit_rows(z)[kept], torch.as_tensor(labels[kept])
+    y = y.to(u.device)
+    n = len(u)
+    others = torch.bincount(y)[y] - 1
+    asks = (others > 0).nonzero().flatten()
+    if len(asks) == 0:
+        raise DataError("No two items have the same label, so there is nothing to find.")
+    place = torch.arange(1, n, device=u.device, dtype=torch.double)
+    gains = 1 / torch.log2(1 + place[:10])
+    parts = []
+    for block in row_blocks(len(asks), n, cells // 2):
+        own = asks[block]
+        same = y[own, None] == y
+        scores = (u[own] @ u.T).sub_(same.float() * TIE)
+        scores[torch.arange(len(own), device=u.device), own] = -4.0  # itself comes last, and is cut off
+        hits = same.gather(1, scores.argsort(1, descending=True)[:, :-1])
+        precision = (hits.cumsum(1) / place * hits).sum(1) / others[own]
+        ideal = gains.cumsum(0)[others[own].clamp(max=len(gains)) - 1]
+        gain = (hits[:, :10] * gains).sum(1) / ideal
+        parts.append(torch.stack([1 + hits.int().argmax(1).double(), precision, gain], 1))
+    ranks, precisions, found = torch.cat(parts).cpu().numpy().T
+    sizes = Counter(others[asks].tolist())
+    return Retrieval(
+        recall={k: recall_at_k(ranks.astype(np.int64), k) for k in ks},
+        median_rank=float(np.median(ranks)),
+        map=bootstrap(precisions),
+        ndcg=bootstrap(found),
+        chance={k: sum(many * recall_chance(size, n - 1, k) for size, many in sizes.items()) / len(asks) for k in ks},
+        ranks=ranks.astype(np.int64),
+        precisions=precisions,
+        gallery=n - 1,
     )

@@ -27,7 +27,7 @@ from twofold.errors import DataError, TwofoldError, UsageError, unknown
 from twofold.measure.baselines import colour_histogram, thumbnails
 from twofold.measure.collapse import alignment, effective_rank, uniformity
 from twofold.measure.embed import embed
-from twofold.measure.metrics import Interval, bootstrap
+from twofold.measure.metrics import Interval, bootstrap, points
 from twofold.measure.probes import few_shot, knn_probe, linear_probe
 from twofold.methods import METHODS
 from twofold.methods.facts import FACTS, Facts
@@ -550,7 +550,7 @@ def verdict(done: Comparison) -> list[str]:
         gap = ahead_of(best, base)
         how = "better than" if gap.low > 0 else "worse than" if gap.high < 0 else "other than"
         sure = "surely" if gap.low > 0 or gap.high < 0 else "not surely"
-        said.append(f"{best.name} is {sure} {how} {base.name}: {_points(gap)} points of linear accuracy.")
+        said.append(f"{best.name} is {sure} {how} {base.name}: {points(gap)} points of linear accuracy.")
     idle = [row.name for row in done.rows if ahead_of(row, _start(row, naive)).low <= 0]
     if idle:
         said.append(f"Not surely better than what they began with: {', '.join(idle)}. Longer, or not at all.")
@@ -573,7 +573,7 @@ def _leads(rows: Sequence[Row], lead: str, chance: float) -> list[str]:
         if times > FASTER:
             said.append(f"Of these, {fast.name} trains fastest, {times:.1f} times as fast as {best.name}.")
     elif rest:
-        said.append(f"Surely ahead of the next, {rest[0].name}, by {_points(ahead_of(best, rest[0]))} points.")
+        said.append(f"Surely ahead of the next, {rest[0].name}, by {points(ahead_of(best, rest[0]))} points.")
     near = max(rows, key=lambda row: row.accuracy["knn"].value)
     if near is not best and ahead_of(near, best, "knn").low > 0:
         said.append(f"To search with, {near.name}: its neighbours vote better, {_share(near.accuracy['knn'])}.")
@@ -612,7 +612,3 @@ def _caveats(variants: Sequence[Variant], seeds: Sequence[int], seconds: float |
 
 def _share(value: Interval) -> str:
     return f"{100 * value.value:.1f} % [{100 * value.low:.1f}, {100 * value.high:.1f}]"
-
-
-def _points(value: Interval) -> str:
-    return f"{100 * value.value:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]".replace("-", "−")

@@ -1,0 +1,60 @@
+"""Scores without labels, and correlations of ranks, against scipy and by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from twofold.errors import DataError
+from twofold.measure.selection import correlation, ranks, scores, spearman, view_retrieval
+
+
+def test_ranks_and_correlation_agree_with_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    draw = np.random.default_rng(0)
+    x, y = draw.integers(0, 6, 40), draw.normal(size=40)
+    np.testing.assert_allclose(ranks(x) + 1, stats.rankdata(x))
+    assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+
+
+def test_within_groups_only_what_differs_inside_them_counts():
+    x, y, group = [1, 2, 3, 11, 12, 13], [30, 20, 10, 300, 200, 100], list("aaabbb")
+    assert spearman(x, y) > 0.5, "b is ahead of a in both"
+    assert spearman(x, y, within=group) == pytest.approx(-1)
+    assert spearman([*x, 99], [*y, 999], within=[*group, "alone"]) == pytest.approx(-1)
+    assert spearman([1, 1, 1], [1, 2, 3]) == 0
+
+
+def test_an_interval_is_wide_where_runs_are_few_and_holds_the_value():
+    draw = np.random.default_rng(1)
+    x = draw.normal(size=200)
+    y = x + draw.normal(size=200)
+    few, many = (correlation(x[:n], y[:n], resamples=300) for n in (12, 200))
+    assert few.high - few.low > 2 * (many.high - many.low)
+    assert many.low < many.value < many.high
+    with pytest.raises(DataError, match="each run"):
+        spearman([1, 2], [1])
+
+
+def test_a_view_finds_its_own_picture_and_a_point_finds_nothing():
+    draw = torch.Generator().manual_seed(0)
+    z = torch.randn(50, 8, generator=draw)
+    assert view_retrieval(z, 3 * z) == 1
+    assert view_retrieval(z, z.roll(1, 0)) == 0
+    assert view_retrieval(torch.ones(50, 8), torch.ones(50, 8)) == 0
+    near = torch.eye(4) + torch.tensor([[0, 2.0, 0, 0]] + [[0.0] * 4] * 3)  # the first looks like the second
+    assert view_retrieval(near, torch.eye(4)) == 0.75
+
+
+def test_every_score_is_higher_for_what_is_spread_out_and_agrees():
+    draw = torch.Generator().manual_seed(0)
+    z = torch.randn(200, 16, generator=draw)
+    thin = z.clone()
+    thin[:, 2:] *= 0.01
+    pairs = {}
+    for name, each in (("good", z), ("thin", thin)):
+        views = torch.stack([each + 0.1 * torch.randn(200, 16, generator=draw) for _ in range(2)], 1)
+        pairs[name] = scores(each, views)
+    good, bad = pairs["good"], pairs["thin"]
+    for name in ("RankMe", "uniformity", "LiDAR", "view retrieval", "alignment + uniformity"):
+        assert good[name] > bad[name], name
+    assert scores(z).keys() < good.keys()
