@@ -213,6 +213,12 @@ def read(asked: argparse.Namespace) -> None:
         for name in rows[0]["scores"][where]:
             values = [row["scores"][where][name] for row in rows]
             table[f"{where}: {name}"] = _correlations(values, rows, methods)
+    courses = [{**line, "run": row["name"]} for row in rows for line in row["course"]]
+    runs = [line["run"] for line in courses]
+    for name, own in table.items():
+        for probe in ("kNN", "linear"):
+            reached = [line[probe] for line in courses]
+            own[f"within runs, {probe}"] = correlation([line[name] for line in courses], reached, within=runs)
     # Losses of two methods are of different kinds.
     table["final loss"] = _correlations([-row["loss"] for row in rows], rows, methods, across=False)
     table["most epochs"] = _correlations([row["epochs"] for row in rows], rows, methods)

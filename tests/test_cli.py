@@ -98,13 +98,13 @@ def test_simclr_is_trained_measured_and_embeds(labelled, tmp_path, capsys):
     assert record["encoder"] == "timm:resnet18/8"
     assert told(capsys, *command)["last"] == done["last"], "the same command again finds the run complete"
 
-    measured = told(capsys, "evaluate", run, "--data", labelled, "--baselines")["labels"]
-    assert measured.keys() == {"trained", "untrained", "pixels", "colours"}
+    measured = told(capsys, "evaluate", run, "--data", labelled)["labels"]
+    assert measured.keys() == {"trained", "untrained", "ImageNet weights", "pixels", "colours"}
     assert measured["colours"]["few"]["accuracy"]["5"]["value"] > 0.5, "labels are colours"
     assert measured["pixels"]["knn"]["accuracy"]["value"] > 0.5
     assert main(["evaluate", str(run), "--data", str(labelled)]) == 0
     assert "trained" in capsys.readouterr().out
-    behind = told(capsys, "evaluate", run, "--data", labelled, "--at", "head")["labels"]
+    behind = told(capsys, "evaluate", run, "--data", labelled, "--at", "head", "--no-baselines")["labels"]
     assert behind.keys() == {"trained", "head"}
     assert behind["trained"] == measured["trained"]
     assert behind["head"]["knn"]["accuracy"]["value"] > 0.3

@@ -1,4 +1,4 @@
-"""What a model is worth beside what else could be taken: on one data set, on several, away from home, and trained on."""
+"""What a model is worth beside what else could be taken: on one data set, on several, away from home."""
 
 import json
 from dataclasses import replace
@@ -119,11 +119,11 @@ def test_clusters_are_the_labels_where_these_lie_apart_and_nothing_in_a_point():
 def test_a_tenth_of_the_labels_is_drawn_from_each_class_and_too_few_are_left_out():
     draw = np.random.default_rng(0)
     y, answers = np.repeat([0, 1], (100, 20)), np.arange(40) % 2
-    z, test = (2 * np.eye(4)[labels] + draw.normal(size=(len(labels), 4)) for labels in (y, answers))
+    z, test = (0.7 * np.eye(4)[labels] + draw.normal(size=(len(labels), 4)) for labels in (y, answers))
     found = few_labels(z, y, test, answers, shares=(0.01, 0.1, 1.0), draws=3)
     assert list(found.accuracy) == [0.1, 1.0], "one in a hundred would be one label"
     whole = linear_probe(z, y, test, answers).accuracy.value
-    assert found.accuracy[1.0].value == pytest.approx(whole, abs=0.05) and found.accuracy[0.1].value <= whole + 0.05
+    assert found.accuracy[1.0].value == pytest.approx(whole, abs=0.1) and found.accuracy[0.1].value <= whole + 0.1
     assert found.right[0.1].shape == (40,) and found.spread[0.1] > 0
     with pytest.raises(UsageError, match=r"shares in 0\.\.1"):
         few_labels(z, y, test, answers, shares=(2.0,))
@@ -243,7 +243,7 @@ def test_the_verb_measures_models_beside_each_other(tmp_path, capsys):
     assert main(["evaluate", *models, "--suite", str(tmp_path / "suite.toml"), "--no-baselines", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert list(figures["found"]["away"]) == ["a", "b"]
-    assert figures["shifts"]["away"]["a"][0] == 0, "the same pictures"
+    assert figures["shifts"]["away"]["a"]["value"] == 0, "the same pictures"
     assert main(["evaluate", *models, "--data", str(tmp_path / "data"), "--fine-tune", "--epochs", "1"]) == 0
     said = capsys.readouterr().out
     assert all(

@@ -395,7 +395,7 @@ def test_vjepa_trains_on_a_folder_of_clips_and_is_evaluated(tmp_path, capsys):
     ]
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 4
-    measure = ["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "clips"), "--attentive", "--baselines"]
+    measure = ["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "clips"), "--attentive"]
     assert main([*measure, "--json"]) == 0
     labels = json.loads(capsys.readouterr().out)["labels"]
     assert labels.keys() == {"trained", "untrained", "pixels", "colours"} and labels["pixels"]["attentive"] is None

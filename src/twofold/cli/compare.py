@@ -33,6 +33,7 @@ def compare(
     sweep: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE,… …")] = (),
     seeds: int = 1,
     seed: int = 0,
+    jobs: int = 1,
     json: bool = False,
 ) -> None:
     """Which method suits your pictures: train each for the same budget, and measure them beside what learned nothing.
@@ -61,6 +62,7 @@ def compare(
         sweep: options with several values each, for the methods that have them: batch, policy, lr, temperature, …
         seeds: trainings of each
         seed: the first of them
+        jobs: trainings at a time, each in a process of its own with its share of the cores
         json: print the result as JSON
     """
     from twofold.data.sources import open_source
@@ -69,8 +71,10 @@ def compare(
     from twofold.train.compare import compare as compared
     from twofold.train.compare_page import page
 
-    if min(size, channels, batch, epochs, limit, seeds) < 1 or (seconds is not None and not seconds > 0):
-        raise UsageError("--size, --channels, --batch, --epochs, --seconds, --limit and --seeds are greater than 0.")
+    if min(size, channels, batch, epochs, limit, seeds, jobs) < 1 or (seconds is not None and not seconds > 0):
+        raise UsageError(
+            "--size, --channels, --batch, --epochs, --seconds, --limit, --seeds and --jobs are greater than 0."
+        )
     setting = dataclasses.replace(
         SETTING, encoder=encoder, size=size, channels=channels, policy=policy, batch=batch, epochs=epochs, limit=limit
     )
@@ -83,6 +87,7 @@ def compare(
         seconds=seconds,
         sweep={name: values.split(",") for name, values in assigned("sweep", sweep).items()},
         seeds=range(seed, seed + seeds),
+        jobs=jobs,
         quiet=json,
     )
     figures = summary(result)

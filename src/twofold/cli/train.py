@@ -84,7 +84,7 @@ def train(arguments: list[str]) -> None:
         else:
             said = f" --columns {' '.join(columns)}" if columns else ""
             print_report(verdict)
-            print(f"  {out / 'bundle'}\n  next: twofold evaluate {out} --data {data}{said} --baselines")
+            print(f"  {out / 'bundle'}\n  next: twofold evaluate {out} --data {data}{said}")
 
     words = inspect.getdoc(sys.modules[METHODS[name].__module__]) or ""
     call(verb, f"train {name}", arguments, description=f"{words}\n\n{described(train)}")

@@ -9,7 +9,9 @@ import contextlib
 import inspect
 import itertools
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,17 +26,19 @@ from twofold import runtime
 from twofold.data.atomic import write_atomically
 from twofold.data.sources import Source, content_key
 from twofold.errors import DataError, TwofoldError, UsageError, unknown
-from twofold.measure.baselines import colour_histogram, thumbnails
+from twofold.measure.baselines import IMAGENET, colour_histogram, thumbnails
 from twofold.measure.collapse import alignment, effective_rank, uniformity
 from twofold.measure.embed import embed
 from twofold.measure.metrics import Interval, bootstrap, points
 from twofold.measure.probes import few_shot, knn_probe, linear_probe
+from twofold.measure.selection import view_retrieval
 from twofold.methods import METHODS
 from twofold.methods.facts import FACTS, Facts
 from twofold.models.bundle import Bundle
 from twofold.models.encoders import ImageEncoder, encoder, image_encoder
 from twofold.models.heads import Head
 from twofold.models.predictor import Blocks
+from twofold.progress import TERMINAL
 from twofold.train.compare_policies import OPTIMIZER, SHORT
 from twofold.train.held_out import features, held_out, pictures
 from twofold.train.log import read_log
@@ -45,7 +49,6 @@ from twofold.views import Policy, policies
 
 SETTING = replace(SHORT, policy="simclr", batch=128)
 TRANSFORMER = "timm:vit_tiny_patch16_224/8x96x6"  # about as fast as SHORT's network; for methods that hide patches
-IMAGENET = "efficientnet-lite0"  # its weights are installed
 SHOTS = (1, 5, 10)
 PROBES = ("linear", "knn", *(f"{k}-shot" for k in SHOTS))
 TIMED = 12  # steps that tell how many fit into so many seconds
@@ -84,6 +87,7 @@ class Row(NamedTuple):
     width: int
     uniformity: float
     alignment: float | None = None  # mean squared distance of two views, on the unit sphere
+    view_retrieval: float | None = None  # how often a view is nearest to the other one of its picture
     images_per_second: float | None = None
     seconds: float | None = None  # of training, a seed
     memory: float | None = None  # MiB at the peak of training: the process's on a CPU, what was allocated on a GPU
@@ -129,6 +133,7 @@ def compare(
     seconds: float | None = None,
     sweep: Mapping[str, Sequence[str]] = {},
     seeds: Sequence[int] = (0,),
+    jobs: int = 1,
     quiet: bool = False,
 ) -> Comparison:
     """Train each of `methods` (all that the data are enough for, where none is named) and measure what it learned.
@@ -138,7 +143,11 @@ def compare(
     "policy", "lr", …), each combination a training of the methods that have them. Probes learn from the training
     pictures and are tested on the split "test", else "val", else on a fifth. Each run is a line of compare.jsonl in
     `out` as it ends; the same call goes on where it was stopped. A training that fails does not stop the others.
+    `jobs` trainings run at a time, each in a process of its own with its share of the threads: what a network that is
+    too small for all cores gains, and what `seconds` then says is seconds beside the others.
     """
+    if jobs < 1:
+        raise UsageError(f"jobs is how many trainings run at a time, 1 or more; got {jobs}.")
     trained, held = _labelled(source)
     chosen = fitting(trained) if not methods else list(dict.fromkeys(methods))
     variants = variants_of(chosen, setting, optimizer, transformer=transformer, sweep=sweep, items=len(trained))
@@ -146,22 +155,27 @@ def compare(
     judge = policies(setting.policy)[0] if setting.policy else policies("simclr")[0]
     data = content_key("\n".join([*trained.keys(), "held out", *held.keys()]))
     lines = _Lines(Path(out) / "compare.jsonl")
+    plans = [variant._replace(setting=replace(variant.setting, seed=seed)) for seed in seeds for variant in variants]
     kept: dict[str, list[dict[str, Any]]] = {}
     failed: dict[str, str] = {}
-    for seed in seeds:
-        for variant in variants:
-            own = variant._replace(setting=replace(variant.setting, seed=seed))
-            asked = _asked(own, data, judge, seconds)
-            line = lines.find(asked)
-            if line is None:
-                folder = Path(out) / f"{own.method}-{content_key(json.dumps(asked, sort_keys=True))[:8]}"
-                try:
-                    line = _run(own, trained, held, folder, judge, seconds, quiet=quiet)
-                except TwofoldError as error:
-                    failed[own.name] = str(error)
-                    continue
-                lines.add({"name": own.name, "asked": asked, **line})
-            kept.setdefault(own.name, []).append(line)
+    asked = {number: _asked(plan, data, judge, seconds) for number, plan in enumerate(plans)}
+    ready = {number: line for number, own in asked.items() if (line := lines.find(own)) is not None}
+    todo = {
+        number: _Work(plans[number], trained, held, _folder(Path(out), plans[number], asked[number]), judge, seconds)
+        for number in asked
+        if number not in ready
+    }
+    for number, done in _each(todo, jobs, quiet=quiet):
+        if isinstance(done, str):
+            failed[plans[number].name] = done
+        else:
+            ready[number] = done
+            lines.add({"name": plans[number].name, "asked": asked[number], **done})
+        if not quiet:
+            TERMINAL.print(_said(plans[number], done, len(ready) + len(failed), len(plans)), highlight=False)
+    for number, plan in enumerate(plans):
+        if number in ready:
+            kept.setdefault(plan.name, []).append(ready[number])
     rows = [
         _row(variant.name, kept[variant.name], variant.method, labelled=variant.labelled)
         for variant in variants
@@ -303,20 +317,64 @@ class _Lines:
         write_atomically(self.path, lambda path: path.write_text(text, "utf-8"))
 
 
-def _run(
-    variant: Variant, trained: Source, held: Source, folder: Path, judge: Policy, seconds: float | None, *, quiet: bool
-) -> dict[str, Any]:
-    """Train, if that has not been done, and measure."""
+class _Work(NamedTuple):
+    """All that a run takes, for another process too."""
+
+    variant: Variant
+    trained: Source
+    held: Source
+    folder: Path
+    judge: Policy
+    seconds: float | None
+
+
+def _folder(out: Path, plan: Variant, asked: Mapping[str, Any]) -> Path:
+    return out / f"{plan.method}-{content_key(json.dumps(asked, sort_keys=True))[:8]}"
+
+
+def _each(todo: Mapping[int, _Work], jobs: int, *, quiet: bool) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Each run's line as it ends, or why there is none."""
+    if jobs == 1 or len(todo) < 2:
+        for number, work in todo.items():
+            yield number, _run(work, quiet=quiet)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    method = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in the middle of their work
+    pool = ProcessPoolExecutor(min(jobs, len(todo)), method, initializer=torch.set_num_threads, initargs=(threads,))
+    try:
+        running = {pool.submit(_run, work, quiet=True): number for number, work in todo.items()}
+        for done in as_completed(running):
+            yield running[done], done.result()
+    finally:  # Ctrl-C reaches the processes too, and each of them writes its checkpoint
+        pool.shutdown(cancel_futures=True)
+
+
+def _said(plan: Variant, done: Mapping[str, Any] | str, number: int, of: int) -> str:
+    name = f"  {number}/{of} {plan.name}, seed {plan.setting.seed}: "
+    if isinstance(done, str):
+        return name + f"failed: {done}"
+    linear, knn = (float(np.mean(done["right"][probe])) for probe in ("linear", "knn"))
+    return name + f"linear {linear:.3f}, kNN {knn:.3f}, rank {done['rank']:.1f}, {done['seconds']:.0f} s"
+
+
+def _run(work: _Work, *, quiet: bool) -> dict[str, Any] | str:
+    """Train, if that has not been done, and measure; why not, where a training fails."""
+    variant, trained, held, folder, judge, seconds = work
     setting = variant.setting
-    if seconds is not None:
-        setting = replace(setting, epochs=_epochs(variant, trained, folder, seconds))
-    with _peak() as peak:
-        run = _trained(variant, trained, folder, setting, quiet=quiet)
-    picture = Bundle.load(folder).tower("image").encoder
-    assert isinstance(picture, ImageEncoder)
+    try:
+        if seconds is not None:
+            setting = replace(setting, epochs=_epochs(variant, trained, folder, seconds))
+        with _peak() as peak:
+            run = _trained(variant, trained, folder, setting, quiet=quiet)
+        picture = Bundle.load(folder).tower("image").encoder
+        assert isinstance(picture, ImageEncoder)
+        agreed = _agreement(picture, held, setting, judge)
+        seen = _measured(*_seen(picture, trained, held, setting), **agreed)
+    except TwofoldError as error:
+        return str(error)
     pace = pace_of(run.log)
     return {
-        **_measured(*_seen(picture, trained, held, setting), alignment=_agreement(picture, held, setting, judge)),
+        **seen,
         "steps": run.steps,
         "images_per_second": setting.batch * pace,
         "seconds": run.steps / pace,
@@ -398,12 +456,13 @@ def _labels(part: Source, kept: np.ndarray) -> np.ndarray:
     return part.labels[kept]
 
 
-def _agreement(picture: ImageEncoder, held: Source, setting: Setting, judge: Policy) -> float:
-    """Alignment of two views of the held-out pictures, the same views for every encoder of a size."""
+def _agreement(picture: ImageEncoder, held: Source, setting: Setting, judge: Policy) -> dict[str, float]:
+    """What needs no label: how two views of the held-out pictures agree, the same views for every encoder of a size."""
     judge = replace(judge, size=picture.size, mean=(), std=())
     images = torch.from_numpy(np.array(pictures(held, picture.size, setting).pixels))
     draw = runtime.generator("judges")
-    return alignment(*(features(picture, judge, images, draw) for _ in range(2)))
+    one, other = (features(picture, judge, images, draw) for _ in range(2))
+    return {"alignment": alignment(one, other), "view_retrieval": view_retrieval(one, other)}
 
 
 def _measured(bank: Part, test: Part, **more: Any) -> dict[str, Any]:
@@ -444,6 +503,7 @@ def _row(name: str, lines: list[dict[str, Any]], method: str | None = None, *, l
         width=lines[0]["width"],
         uniformity=mean("uniformity"),
         alignment=mean("alignment"),
+        view_retrieval=mean("view_retrieval"),
         images_per_second=mean("images_per_second"),
         seconds=mean("seconds"),
         memory=mean("memory"),
@@ -476,8 +536,7 @@ def _baselines(
 
         def untrained(setting: Setting = setting) -> dict[str, Any]:
             picture = _untrained(setting)
-            agreed = _agreement(picture, held, setting, judge)
-            return _measured(*_seen(picture, trained, held, setting), alignment=agreed)
+            return _measured(*_seen(picture, trained, held, setting), **_agreement(picture, held, setting, judge))
 
         kind = " transformer" if len(settings) > 1 and spec.startswith("timm:vit") else ""
         rows.append(_baseline(f"untrained{kind}", those, lines, untrained))
