@@ -1,11 +1,17 @@
 """Scores without labels, and correlations of ranks, against scipy and by hand."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from twofold.cli import main
 from twofold.errors import DataError
-from twofold.measure.selection import correlation, ranks, scores, spearman, view_retrieval
+from twofold.measure.selection import TRUST, correlation, how_far, ranks, scores, spearman, view_retrieval
+from twofold.models.bundle import Bundle
+from twofold.models.encoders import image_encoder
 
 
 def test_ranks_and_correlation_agree_with_scipy():
@@ -58,3 +64,34 @@ def test_every_score_is_higher_for_what_is_spread_out_and_agrees():
     for name in ("RankMe", "uniformity", "LiDAR", "view retrieval", "alignment + uniformity"):
         assert good[name] > bad[name], name
     assert scores(z).keys() < good.keys()
+
+
+def test_what_is_promised_of_a_score_is_what_was_measured():
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "selection.json"
+    measured = json.loads(results.read_text())["correlation"]
+    for name, trust in TRUST.items():
+        own = measured[f"encoder, the same views: {name}"]
+        assert np.allclose(trust.across, own["across, kNN"], atol=0.0051), name
+        assert np.allclose(trust.within, own["within methods, kNN"], atol=0.0051), name
+    assert "do not choose by it" in how_far("LiDAR") and "do not" not in how_far()
+
+
+def test_models_are_ordered_by_pictures_without_labels(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / "cache"))
+    draw = np.random.default_rng(0)
+    pictures = draw.integers(0, 255, (24, 4, 4, 3)).repeat(4, 1).repeat(4, 2).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", images=pictures)
+    for name, seed in (("fresh", 0), ("point", 1)):
+        torch.manual_seed(seed)
+        encoder = image_encoder("timm:resnet18/4", size=16)
+        if name == "point":
+            for weight in encoder.body.parameters():
+                weight.data.zero_()
+        Bundle({"image": encoder}).save(tmp_path / name)
+    models = [str(tmp_path / name) for name in ("point", "fresh")]
+    assert main(["evaluate", *models, "--data", str(tmp_path / "a.npz"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["fresh", "point"] and found["point"]["view retrieval"] == 0
+    assert main(["evaluate", *models, "--data", str(tmp_path / "a.npz")]) == 0
+    said = capsys.readouterr().out
+    assert "most promising: fresh" in said and "rank correlation with kNN 0.90" in said

@@ -14,6 +14,7 @@ from twofold.measure.labelled import Labels, against
 from twofold.measure.metrics import Interval, points
 from twofold.measure.policy_audit import Audit, Finding
 from twofold.measure.retrieval import Retrieval
+from twofold.measure.selection import TRUST
 from twofold.measure.suite import Suite
 from twofold.measure.zero_shot import ZeroShot
 from twofold.retrieve.corrected import DEEP, Change, Corrected
@@ -100,6 +101,16 @@ def differences_table(labels: Mapping[str, Labels], pairs: Sequence[tuple[str, s
                 continue
             cells.append(str(found) if found.sure else f"[dim]{found}[/dim]")
         made.add_row(other if len({pair[0] for pair in pairs}) == 1 else f"{one} − {other}", *cells)
+    return made
+
+
+def unlabelled_table(found: Mapping[str, Mapping[str, float]]) -> Table:
+    """Scores by model, higher is better, those that went with accuracy first; below, their correlation with it."""
+    names = sorted(next(iter(found.values())), key=lambda name: -TRUST[name].across.value)[:5]
+    made = table("without labels", *names)
+    for model, own in found.items():
+        made.add_row(model, *(f"{own[name]:.3f}" for name in names))
+    made.add_row("[dim]goes with kNN by[/dim]", *(f"[dim]{TRUST[name].across.value:.2f}[/dim]" for name in names))
     return made
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from twofold.cli.flags import Columns, OnError, assigned, verb
-from twofold.cli.show import print_evaluation, print_json, print_suite
+from twofold.cli.show import print_evaluation, print_json, print_suite, print_unlabelled
 
 
 @verb
@@ -37,6 +37,7 @@ def evaluate(
     examples:
       twofold evaluate runs/a --data photos/
       twofold evaluate runs/a runs/b --data photos/              # which is surely better, on the same pictures?
+      twofold evaluate runs/a runs/b --data unlabelled/          # which promises more, by what needs no labels?
       twofold evaluate runs/a --data photos/ --fine-tune         # and when the encoder may learn along?
       twofold evaluate runs/a --suite suite.toml                 # several data sets, and away from home
       twofold evaluate runs/a --data photos/ --at layer:3
@@ -110,6 +111,12 @@ def evaluate(
     else:
         assert data is not None
         source = open_source(data, images=images, columns=assigned("columns", columns))
+        if source.labels is None and "image" in source.modalities:
+            from twofold.measure.selection import looked_at
+
+            found = looked_at(bundles, source, limit=limit or 2000)
+            print_json(found) if json else print_unlabelled(found)
+            return
         tasks = [task(source.name, source, split=split, limit=limit)]
     done = measured_suite(bundles, tasks, at=at, attentive=attentive, fine_tune=tuned, baselines=baselines, quiet=json)
     print_json(done) if json else print_suite(done)

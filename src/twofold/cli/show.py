@@ -57,6 +57,15 @@ def print_suite(done: Any) -> None:
     CONSOLE.print(*suite_tables(done), sep="\n")
 
 
+def print_unlabelled(found: dict[str, dict[str, float]]) -> None:
+    """Scores that need no labels, and how far each can be trusted."""
+    from twofold.measure.selection import BEST, how_far
+    from twofold.terminal import CONSOLE, unlabelled_table
+
+    CONSOLE.print(unlabelled_table(found))
+    print(f"  most promising: {next(iter(found))}\n  {how_far(BEST)}")
+
+
 def print_hits(hits: list) -> None:
     from twofold.terminal import CONSOLE, hits_table
 

@@ -1,16 +1,47 @@
 """Which checkpoint, when there are no labels? Scores of embeddings alone, higher where they promise more."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from twofold.errors import DataError
+from twofold.data.cache import decoded
+from twofold.data.sources import Source
+from twofold.errors import DataError, UsageError
 from twofold.measure.collapse import alignment, alpha_req, anisotropy, effective_rank, lidar, spread, uniformity
 from twofold.measure.metrics import CELLS, TIE, Interval, Matrix, row_blocks, unit_rows
+from twofold.models.bundle import Bundle
+from twofold.models.encoders import ImageEncoder, device_of, inference
 from twofold.runtime import generator
+from twofold.views import policies
+
+BATCH, VIEWED = 64, 512  # pictures embedded at once; pictures whose views are compared
+BEST = "view retrieval"
+
+
+class Trust(NamedTuple):
+    """How well a score went with kNN accuracy: rank correlations over 36 trainings, and among those of one method."""
+
+    across: Interval
+    within: Interval
+
+
+TRUST: dict[str, Trust] = {
+    "view retrieval": Trust(Interval(0.90, 0.80, 0.95), Interval(0.78, 0.47, 0.92)),
+    "alignment + uniformity": Trust(Interval(0.72, 0.46, 0.88), Interval(0.83, 0.53, 0.96)),
+    "uniformity": Trust(Interval(0.59, 0.31, 0.77), Interval(0.62, 0.26, 0.82)),
+    "α-ReQ": Trust(Interval(0.56, 0.25, 0.77), Interval(0.53, 0.10, 0.76)),
+    "RankMe": Trust(Interval(0.51, 0.18, 0.75), Interval(0.47, 0.02, 0.71)),
+    "spread": Trust(Interval(0.25, -0.11, 0.55), Interval(0.28, -0.17, 0.64)),
+    "isotropy": Trust(Interval(0.25, -0.11, 0.55), Interval(0.28, -0.17, 0.64)),
+    "alignment": Trust(Interval(0.02, -0.34, 0.40), Interval(0.12, -0.32, 0.53)),
+    "LiDAR": Trust(Interval(-0.20, -0.59, 0.21), Interval(-0.15, -0.57, 0.26)),
+}
+"""On CIFAR-10, by views that are the same for all: benchmarks/selection.py, docs/how-to/which-checkpoint.md."""
 
 Values = Sequence[float] | Float[np.ndarray, "n"]
 
@@ -93,3 +124,45 @@ def correlation(
         found.append(spearman(x[at], y[at], within=[groups[i] for i in at]))
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]).tolist()
     return Interval(spearman(x, y, within=within), low, high)
+
+
+def how_far(name: str = BEST) -> str:
+    """How far a score can be trusted, in words; where it went with accuracy in no sure way, it says so."""
+    trust = TRUST[name]
+    sure = "" if trust.across.low > 0 else "; do not choose by it"
+    across, within = (f"{each.value:.2f} [{each.low:.2f}, {each.high:.2f}]" for each in trust)
+    return f"{name}: rank correlation with kNN {across} over 36 CIFAR-10 trainings, {within} within a method{sure}"
+
+
+def looked_at(
+    models: Mapping[str, Bundle], source: Source, *, policy: str = "simclr", limit: int = 2000
+) -> dict[str, dict[str, float]]:
+    """`scores` of models by pictures that need no labels, the most promising first.
+
+    All see the same views, whatever they trained with: a training on easy views would otherwise look best. `limit`
+    pictures are embedded, and four views of the first 512.
+    """
+    found = {}
+    source = source.take(range(min(limit, len(source))))
+    for name, bundle in models.items():
+        tower = bundle.tower("image")
+        if not isinstance(tower.encoder, ImageEncoder):
+            raise UsageError(f"{name}: scores without labels are of encoders of pictures.")
+        size = tower.encoder.size
+        stored = size if size <= 64 else size * 8 // 7
+        pixels = torch.from_numpy(np.array(decoded(source, stored, channels=tower.encoder.channels).pixels))
+        if len(pixels) < 8:
+            raise DataError(
+                f"{source.name} has {len(pixels)} readable pictures; eight are the least to say anything of."
+            )
+        judge = replace(policies(policy)[0], size=size, mean=(), std=())
+        plain = replace(policies("none")[0], size=size, mean=(), std=())
+        draw, device = generator("selection"), device_of(tower)
+
+        def embedded(view, pictures: Tensor, draw=draw, device=device, tower=tower) -> Tensor:
+            with inference(tower):
+                return torch.cat([tower(view(some, draw).to(device)).float().cpu() for some in pictures.split(BATCH)])
+
+        views = torch.stack([embedded(judge, pixels[:VIEWED]) for _ in range(4)], 1)
+        found[name] = scores(embedded(plain, pixels), views)
+    return dict(sorted(found.items(), key=lambda entry: -entry[1][BEST]))

@@ -31,7 +31,7 @@ from twofold.measure.collapse import alignment, effective_rank, uniformity
 from twofold.measure.embed import embed
 from twofold.measure.metrics import Interval, bootstrap, points
 from twofold.measure.probes import few_shot, knn_probe, linear_probe
-from twofold.measure.selection import view_retrieval
+from twofold.measure.selection import correlation, view_retrieval
 from twofold.methods import METHODS
 from twofold.methods.facts import FACTS, Facts
 from twofold.models.bundle import Bundle
@@ -54,6 +54,7 @@ PROBES = ("linear", "knn", *(f"{k}-shot" for k in SHOTS))
 TIMED = 12  # steps that tell how many fit into so many seconds
 FASTER = 1.15  # times as fast is worth a word
 THUMBNAIL = 32  # pixels a side, at most, of raw pixels
+ENOUGH = 5  # trainings whose order says something of a score
 
 SMALL = Head(2, 512, 128)
 RECIPES: dict[str, dict[str, Any]] = {
@@ -616,7 +617,22 @@ def verdict(done: Comparison) -> list[str]:
     thin = [f"{row.name} ({row.rank:.1f} of {row.width})" for row in done.rows if row.rank < 2]
     if thin:
         said.append(f"Close to collapse, by the effective rank of their features: {', '.join(thin)}.")
+    said += _without_labels(done)
     return said + [f"{name} failed: {why}" for name, why in done.failed.items()]
+
+
+def _without_labels(done: Comparison) -> list[str]:
+    """What the score that needs no labels would have chosen, and whether it went with accuracy here."""
+    rows = [row for row in done.rows if row.view_retrieval is not None]
+    if len(rows) < ENOUGH:
+        return []
+    by_score = [float(row.view_retrieval or 0) for row in rows]
+    went = correlation(by_score, [row.accuracy["knn"].value for row in rows])
+    best = rows[int(np.argmax(by_score))]
+    return [
+        f"Without labels, view retrieval would have chosen {best.name} (kNN {_share(best.accuracy['knn'])}). Over "
+        f"these {len(rows)} trainings its rank correlation with kNN is {went.value:.2f} [{went.low:.2f}, {went.high:.2f}]."
+    ]
 
 
 def _leads(rows: Sequence[Row], lead: str, chance: float) -> list[str]:
