@@ -627,11 +627,11 @@ def _without_labels(done: Comparison) -> list[str]:
     if len(rows) < ENOUGH:
         return []
     by_score = [float(row.view_retrieval or 0) for row in rows]
-    went = correlation(by_score, [row.accuracy["knn"].value for row in rows])
-    best = rows[int(np.argmax(by_score))]
+    value, low, high = correlation(by_score, [row.accuracy["knn"].value for row in rows])
+    best, went = rows[int(np.argmax(by_score))], f"{value:.2f} [{low:.2f}, {high:.2f}]"
     return [
         f"Without labels, view retrieval would have chosen {best.name} (kNN {_share(best.accuracy['knn'])}). Over "
-        f"these {len(rows)} trainings its rank correlation with kNN is {went.value:.2f} [{went.low:.2f}, {went.high:.2f}]."
+        f"these {len(rows)} trainings its rank correlation with kNN is {went}."
     ]
 
 
