@@ -34,7 +34,7 @@ from twofold.train.fine_tune import fine_tune
 from twofold.train.train import train
 
 RESULTS = Path(__file__).parent / "results" / "does_it_help.json"
-SMALL, EPOCHS, TUNED = replace(SETTING, size=40, policy="satellite"), 30, 5
+SMALL, EPOCHS, TUNED = replace(SETTING, size=40, policy="satellite"), 20, 5
 SIDE = 48
 ROWS = ("untrained", "own pretraining", "untrained Lite0", "ImageNet weights", "ImageNet weights, 224 px")
 
