@@ -118,7 +118,7 @@ def test_clusters_are_the_labels_where_these_lie_apart_and_nothing_in_a_point():
 
 def test_a_tenth_of_the_labels_is_drawn_from_each_class_and_too_few_are_left_out():
     draw = np.random.default_rng(0)
-    y, answers = np.repeat([0, 1], (100, 20)), np.arange(40) % 2
+    y, answers = np.repeat([0, 1], 100), np.arange(40) % 2
     z, test = (0.7 * np.eye(4)[labels] + draw.normal(size=(len(labels), 4)) for labels in (y, answers))
     found = few_labels(z, y, test, answers, shares=(0.01, 0.1, 1.0), draws=3)
     assert list(found.accuracy) == [0.1, 1.0], "one in a hundred would be one label"

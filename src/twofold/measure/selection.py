@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from twofold.data.cache import decoded
@@ -85,10 +85,11 @@ def scores(z: Matrix, views: Float[Tensor, "m q d"] | None = None) -> dict[str, 
     return found
 
 
-def ranks(values: Values) -> Float[np.ndarray, "n"]:
-    """Places in ascending order from 0; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+def ranks(values: Float[np.ndarray, "... n"]) -> Float[np.ndarray, "... n"]:
+    """Places along the last axis in ascending order from 0; equal values share the mean of theirs."""
+    values = np.asarray(values, float)
+    one, other = values[..., :, None], values[..., None, :]
+    return (one > other).sum(-1) + ((one == other).sum(-1) - 1) / 2
 
 
 def spearman(x: Values, y: Values, *, within: Sequence[Hashable] | None = None) -> float:
@@ -97,33 +98,43 @@ def spearman(x: Values, y: Values, *, within: Sequence[Hashable] | None = None) 
     With `within`, ranks are taken within each group and around the group's mean: what is left to say of two runs of
     one method. Groups of one run say nothing.
     """
-    if len(x) != len(y) or (within is not None and len(within) != len(x)):
-        raise DataError(f"A score and a result of each run; got {len(x)} and {len(y)}.")
-    groups = [0] * len(x) if within is None else list(within)
-    members = {name: [i for i, own in enumerate(groups) if own == name] for name in dict.fromkeys(groups)}
-    a, b = np.zeros(len(x)), np.zeros(len(x))
-    for at in members.values():
-        for side, values in ((a, x), (b, y)):
-            own = ranks(np.asarray(values, float)[at])
-            side[at] = (own - own.mean()) / max(1, len(at))
-    length = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / length if length else 0.0
+    members = _members(x, y, within)
+    return float(_spearman(np.asarray(x, float), np.asarray(y, float), [at[None] for at in members])[0])
 
 
 def correlation(
     x: Values, y: Values, *, within: Sequence[Hashable] | None = None, level: float = 0.95, resamples: int = 2000
 ) -> Interval:
     """`spearman` with its percentile bootstrap interval over runs; runs of a group are drawn within it."""
-    groups = [0] * len(x) if within is None else list(within)
-    members = [[i for i, own in enumerate(groups) if own == name] for name in dict.fromkeys(groups)]
+    members = _members(x, y, within)
     draw = generator("correlation")
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    found = []
-    for _ in range(resamples):
-        at = [own[k] for own in members for k in torch.randint(len(own), (len(own),), generator=draw).tolist()]
-        found.append(spearman(x[at], y[at], within=[groups[i] for i in at]))
+    drawn = [
+        [at[torch.randint(len(at), (len(at),), generator=draw).numpy()] for at in members] for _ in range(resamples)
+    ]
+    found = _spearman(np.asarray(x, float), np.asarray(y, float), [np.stack(at) for at in zip(*drawn, strict=True)])
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]).tolist()
     return Interval(spearman(x, y, within=within), low, high)
+
+
+def _members(x: Values, y: Values, within: Sequence[Hashable] | None) -> list[Int[np.ndarray, "m"]]:
+    """The runs of each group."""
+    groups = [0] * len(x) if within is None else list(within)
+    if not len(x) == len(y) == len(groups):
+        raise DataError(f"A score and a result of each run; got {len(x)} and {len(y)}.")
+    return [np.array([i for i, own in enumerate(groups) if own == name]) for name in dict.fromkeys(groups)]
+
+
+def _spearman(
+    x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"], members: Sequence[Int[np.ndarray, "r m"]]
+) -> Float[np.ndarray, "r"]:
+    """The correlation for each of r choices of runs, group by group; ranks within a group go by their share of it."""
+    product, one, other = (np.zeros(len(members[0])) for _ in range(3))
+    for at in members:
+        a, b = (ranks(side[at]) / at.shape[1] for side in (x, y))
+        a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+        product, one, other = product + (a * b).sum(1), one + (a * a).sum(1), other + (b * b).sum(1)
+    length = np.sqrt(one * other)
+    return np.divide(product, length, out=np.zeros_like(product), where=length > 0)
 
 
 def how_far(name: str = BEST) -> str:
