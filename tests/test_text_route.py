@@ -302,12 +302,12 @@ def test_a_fitted_fusion_has_probabilities_and_says_when_nothing_fits(tmp_path, 
         "pairs",
         names,
         images=[draw.integers(0, 256, (32, 32, 3), np.uint8) for _ in names],
-        texts=[[f"{name} {name} seen", f"written {name}"] for name in names],
+        texts=[[f"{name} seen", name] for name in names],
         splits=["val"] * len(names),
     )
     Index.build(pairs, bundle, tmp_path / "index", texts=bags)
     opened = Index.open(tmp_path / "index")
-    assert opened.search("written betac", k=3)[0].probability is None
+    assert opened.search("betac", k=3)[0].probability is None
     done = fit_fusion(opened, pairs)
     assert done.questions == len(names)
     assert done.first["texts"].value > 0.9 > 0.2 > done.first["items"].value
@@ -316,12 +316,12 @@ def test_a_fitted_fusion_has_probabilities_and_says_when_nothing_fits(tmp_path, 
     opened.close()
     opened = Index.open(tmp_path / "index")
     assert opened.retriever.fusion == done.fusion
-    hits = opened.search("betac betac seen", k=3)
+    hits = opened.search("betac", k=3)
     assert hits[0].id == "betac" and hits[0].probability > 0.5 > hits[1].probability
     assert not opened.retriever.no_good_match(hits)
     assert opened.retriever.no_good_match(opened.search("zzz yyy xxx", k=3))
     with pytest.raises(UsageError, match="Did you mean 'split'"):
-        opened.search("written betac", where={"spilt": "val"})
+        opened.search("betac", where={"spilt": "val"})
     opened.close()
     Index.build(pairs, bundle, tmp_path / "index", texts="none")
     Index.build(pairs, bundle, tmp_path / "index", texts=Bags("other"))
@@ -349,8 +349,8 @@ def test_the_command_line_takes_minilm_by_itself_and_says_where_hits_were_found(
     assert main(["search", index, "it purrs softly", "--json", "--k", "1"]) == 0
     (hit,) = json.loads(capsys.readouterr().out)
     assert [place["space"] for place in hit["spaces"]] == ["items", "texts"]
-    with pytest.raises(SystemExit):
-        main(["search", index, "a", "--via", "nowhere"])
+    assert main(["search", index, "a", "--via", "nowhere"]) == 2
+    capsys.readouterr()
     assert main([*made, "--texts", "minilmm"]) == 2
     assert "minilm" in capsys.readouterr().err
 
