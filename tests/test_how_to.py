@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import shutil
+import sysconfig
 import wave
 from pathlib import Path
 
@@ -27,9 +29,16 @@ def spoken(folder: Path) -> None:
     np.save(folder / "dino.npy", np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32))
 
 
-@pytest.mark.parametrize("page", ["any-modality"])
-def test_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch, capsys):
-    spoken(tmp_path)
+def code(folder: Path) -> None:
+    """Some of the standard library in `src/`."""
+    (folder / "src").mkdir()
+    for module in ("bisect", "calendar", "cmd", "fnmatch", "glob", "heapq", "reprlib", "sched", "shlex", "textwrap"):
+        shutil.copy(Path(sysconfig.get_path("stdlib"), f"{module}.py"), folder / "src")
+
+
+@pytest.mark.parametrize("page, data", [("any-modality", spoken), ("code-search", code)])
+def test_a_page_runs_and_prints_what_it_says(page, data, tmp_path, monkeypatch, capsys):
+    data(tmp_path)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     said = []
