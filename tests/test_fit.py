@@ -22,6 +22,7 @@ from twofold.data.loader import Batches
 from twofold.errors import TrainingError, UsageError
 from twofold.methods import CLIP, METHODS, Out, SigLIP, SimCLR
 from twofold.methods.base import Method
+from twofold.models.captioner import captioner
 from twofold.models.encoders import ImageEncoder, image_encoder
 from twofold.models.heads import Head
 from twofold.models.predictor import Blocks
@@ -107,7 +108,9 @@ CASES = [*METHODS, "simclr in chunks"]
 def pictures(batch: int) -> Batches:
     pixels = torch.randint(0, 256, (48, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     clips = torch.stack((pixels, pixels.flip(-1)), 1)
-    return Batches({"image": pixels, "video": clips, "label": torch.arange(48) % 4}, batch=batch, seed=0)
+    label = torch.arange(48) % 4
+    columns = {"image": pixels, "video": clips, "label": label, "text": 2 + label[:, None].expand(-1, 3)}
+    return Batches(columns, batch=batch, seed=0)
 
 
 def small(norm: nn.Module) -> ImageEncoder:
@@ -116,12 +119,20 @@ def small(norm: nn.Module) -> ImageEncoder:
     return ImageEncoder(nn.Sequential(*layers), spec, mean=[0.5] * 3, std=[0.5] * 3)
 
 
+def spoken(ids: torch.Tensor, draw: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def learn(case: str, out: Path, fabric: Fabric | None = None) -> None:
     """A few steps of a small method of its kind; a batch of 15 is uneven over two processes."""
     torch.manual_seed(0)
     name, in_chunks = case.split()[0], "chunks" in case
     parameters = signature(METHODS[name]).parameters
-    if "encoder" not in parameters:
+    if name == "coca":
+        towers = captioner("coca:tiny", image_encoder("timm:vit_tiny_patch16_224/4x16x1", size=SIZE), ["one", "two"])
+        views = {"image": replace(SIMCLR_CIFAR, size=SIZE), "text": spoken}
+        method, batches = METHODS[name](towers, views=views), pictures(15)
+    elif "encoder" not in parameters:
         method, batches = METHODS[name](heads()), pairs(batch=15)
     else:
         sizes = {"hidden": 32, "dim": 16}
@@ -134,8 +145,8 @@ def learn(case: str, out: Path, fabric: Fabric | None = None) -> None:
         encoder = small(nn.GroupNorm(2, 8) if in_chunks else nn.BatchNorm2d(8))
         if blocks:
             encoder = image_encoder("timm:vit_tiny_patch16_224/2x16x1", size=SIZE)
-        views = (replace(SIMCLR_CIFAR, size=SIZE),) * len(parameters["policies"].default)
-        method, batches = METHODS[name](encoder, policies=views, **shapes, **blocks), pictures(15)
+        policies = (replace(SIMCLR_CIFAR, size=SIZE),) * len(parameters["policies"].default)
+        method, batches = METHODS[name](encoder, policies=policies, **shapes, **blocks), pictures(15)
     chunk = 4 if in_chunks and fabric else None
     optimizer = Optimizer(name="sgd", lr=1e-2, clip=1.0)
     fit(method, batches, steps=5, out=out, optimizer=optimizer, chunk=chunk, log_every=1, fabric=fabric, quiet=True)
@@ -214,6 +225,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_la
     saved = load(tmp_path / CHECKPOINT)
     assert saved.step == 4
     assert all(value.isfinite().all() for value in saved.tensors.values() if value.is_floating_point())
+    with pytest.raises(TrainingError, match=r"The loss is nan in step 5\. .* is of step 4"):  # resumed: saved before
+        fit(Breaks(at=1), pairs(), steps=20, out=tmp_path, save_every=4, log_every=10, quiet=True)
+    assert load(tmp_path / CHECKPOINT).step == 4
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_says_that_there_is_none(tmp_path):
+    with pytest.raises(TrainingError, match=r"The loss is nan in step 3\. .* holds no checkpoint: .* with step 4"):
+        fit(Breaks(at=3), pairs(), steps=20, out=tmp_path, save_every=4, log_every=10, quiet=True)
+    assert not (tmp_path / CHECKPOINT).exists()
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])

@@ -134,9 +134,9 @@ def fit(
     tensorboard:DIR, wandb:PROJECT or mlflow:URI, is told what the log is (`train.trackers`). Ctrl-C and SIGTERM finish
     the step, write a checkpoint and then interrupt.
 
-    Raises TrainingError where the loss is not finite (the last good checkpoint stays), where a batch has too few rows
-    to normalise by, where `out` holds a run that was asked for differently, and with `stop_on_collapse` as soon as the
-    log shows one (`measure.diagnosis`).
+    Raises TrainingError where the loss is not finite (the last good checkpoint, if there is one, stays), where a
+    batch has too few rows to normalise by, where `out` holds a run that was asked for differently, and with
+    `stop_on_collapse` as soon as the log shows one (`measure.diagnosis`).
     """
     out, started = Path(out), time.monotonic()
     if batches.batch < method.smallest_batch:
@@ -187,6 +187,12 @@ def fit(
     )
     profiler = Profiler(method) if profile and log is not None else None
 
+    def kept() -> str:
+        """What a run that fails leaves."""
+        if not last_saved:
+            return f"{out} holds no checkpoint: the first would have come with step {min(save_every, steps)}."
+        return f"The checkpoint in {out} is of step {last_saved}."
+
     def flush(done: int, result: Out, rate: float, scored: Mapping[str, float], probed: Mapping[str, float]) -> None:
         """Look at the losses since the last flush; log the last one, with what was found of the weights if it was."""
         # What is not finite in one process is so in the sum: all of them stop here, and none waits for one that did.
@@ -195,8 +201,8 @@ def fit(
         for step, loss in enumerate(losses, start=done - len(losses) + 1):
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"The loss is {loss} in step {step}. The checkpoint in {out} is of step {last_saved}. Lower the "
-                    f"learning rate (now {optimizer.lr}), warm up longer, or clip the gradient (--optimizer.clip 1)."
+                    f"The loss is {loss} in step {step}. {kept()} Lower the learning rate (now {optimizer.lr}), "
+                    "warm up longer, or clip the gradient (--optimizer.clip 1)."
                 )
         seen = result.z[:RANK_ROWS].detach()
         figures = {"loss": losses[-1], "chance": result.chance, "rank": effective_rank(seen), "spread": spread(seen)}
@@ -213,8 +219,7 @@ def fit(
         line.update(done, steps, per_unit=batches.batch, figures=figures)
         if stop_on_collapse and (ill := fabric.broadcast(collapse_in(log.lines, asked) if log is not None else None)):
             raise TrainingError(
-                f"Stopped in step {done}. {ill.says} {ill.evidence[0].upper()}{ill.evidence[1:]}. {ill.advice} "
-                f"The checkpoint in {out} is of step {last_saved}."
+                f"Stopped in step {done}. {ill.says} {ill.evidence[0].upper()}{ill.evidence[1:]}. {ill.advice} {kept()}"
             )
 
     def stopping(done: int) -> bool:
