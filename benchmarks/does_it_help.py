@@ -36,7 +36,7 @@ from twofold.train.train import train
 RESULTS = Path(__file__).parent / "results" / "does_it_help.json"
 SMALL, EPOCHS, TUNED = replace(SETTING, size=40, policy="satellite"), 20, 5
 SIDE = 48
-ROWS = ("untrained", "own pretraining", "untrained Lite0", "ImageNet weights", "ImageNet weights, 224 px")
+ROWS = ("untrained", "own pretraining", "ImageNet weights", "ImageNet weights, 224 px")
 
 
 def encoder_of(row: str, folder: Path, data: Any) -> Encoder:
@@ -48,8 +48,6 @@ def encoder_of(row: str, folder: Path, data: Any) -> Encoder:
         return Bundle.load(folder / "simclr").towers["image"].encoder
     if row == "untrained":
         return image_encoder(SMALL.encoder, size=SMALL.size)
-    if row == "untrained Lite0":
-        return image_encoder("efficientnet-lite0", size=SIDE, pretrained=False)
     return image_encoder("efficientnet-lite0", size=None if "224" in row else SIDE)
 
 
@@ -96,8 +94,7 @@ def read(asked: argparse.Namespace) -> None:
     rows.sort(key=lambda row: ROWS.index(row["row"]))
     by = {row["row"]: row["right"] for row in rows}
     gaps = {}
-    for one, other in (("own pretraining", "untrained"), ("ImageNet weights", "untrained Lite0"),
-                       ("ImageNet weights", "own pretraining")):  # fmt: skip
+    for one, other in (("own pretraining", "untrained"), ("ImageNet weights", "own pretraining")):
         if one in by and other in by:
             gaps[f"{one} − {other}"] = {
                 name: plain(paired(by[one][name], by[other][name])) for name in by[one] if name in by[other]
