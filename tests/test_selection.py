@@ -87,6 +87,7 @@ def test_models_are_ordered_by_pictures_without_labels(tmp_path, capsys, monkeyp
         if name == "point":
             for weight in encoder.body.parameters():
                 weight.data.zero_()
+            encoder.body.layer4[-1].bn2.bias.data.fill_(1.0)
         Bundle({"image": encoder}).save(tmp_path / name)
     models = [str(tmp_path / name) for name in ("point", "fresh")]
     assert main(["evaluate", *models, "--data", str(tmp_path / "a.npz"), "--json"]) == 0
