@@ -31,6 +31,9 @@ class DecodeError(DataError):
         super().__init__(f"{item}: {reason}")
         self.item, self.reason = item, reason
 
+    def __reduce__(self) -> tuple[type["DecodeError"], tuple[str, str]]:
+        return type(self), (self.item, self.reason)  # so that another process can raise it
+
 
 class TrainingError(TwofoldError):
     """Training that cannot go on: a loss that is not finite, a run folder of another configuration."""

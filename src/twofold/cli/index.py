@@ -10,6 +10,7 @@ from tyro.conf import arg
 from twofold.cli.flags import Data, Folder, OnError, verb
 from twofold.cli.show import print_checked, print_corrected, print_json, print_skipped, write_csv
 
+Existing = Literal["keep", "prune", "replace"]
 Made = Annotated[Path | None, arg(metavar="INDEX")]
 
 
@@ -20,9 +21,11 @@ def index(
     *,
     model: Annotated[Path | None, arg(metavar="MODEL")] = None,
     out: Folder | None = None,
-    existing: Literal["keep", "prune", "replace"] = "keep",
+    existing: Existing = "keep",
     texts: Annotated[str | None, arg(metavar="EMBEDDER")] = None,
     modality: Annotated[str | None, arg(metavar="COLUMN")] = None,
+    part: Annotated[str | None, arg(metavar="I/N|auto")] = None,
+    ray: Annotated[str | None, arg(metavar="ADDRESS")] = None,
     on_error: OnError = "skip",
     check: Made = None,
     repair: Made = None,
@@ -40,6 +43,8 @@ def index(
       twofold index photos/ --model runs/b --out photos.index
       twofold index photos/ --model runs/b --out photos.index --existing prune
       twofold index captions.csv --model runs/b --out captions.index --modality text --texts gemini
+      twofold index photos/ --model runs/b --out photos.index --ray auto        # embeds on a Ray cluster
+      srun -n 8 twofold index photos/ --model runs/b --out photos.index --part auto
       twofold index --check photos.index
       twofold index --duplicates photos.index --csv twice.csv
       twofold index --corrected photos.index
@@ -52,6 +57,9 @@ def index(
         texts: what embeds the items' texts into a space of their own: minilm, hf:/folder, gemini, gemini:1536 (asks
             Google and costs money), or none; an index goes on as it is, a new one takes minilm if there are texts
         modality: the column whose vectors items are found by: image, text, speech, …; the first that the model knows
+        part: embed this part of the source only, 0/8 to 7/8 or what torchrun and SLURM say (auto), and make no index:
+            when all parts are done, the same command without --part makes it
+        ray: embed on this Ray cluster: local, auto or ray://host:10001; machines share the folders
         on_error: what to do with a picture that cannot be read
         check: hold the parts of this index against each other; changes nothing
         repair: mend this index: embed what is lost again, drop what is gone, make its store anew
@@ -79,7 +87,11 @@ def index(
         _corrected(corrected, json)
     elif source is None or model is None or out is None:
         raise UsageError("Three things are needed: `twofold index SOURCE --model MODEL --out INDEX`.")
+    elif part:
+        _part(source, model, out, part, existing, modality, on_error, json)
     else:
+        if ray:
+            _on_ray(source, model, out, ray, existing, modality, on_error, json)
         from twofold.retrieve.index import index
         from twofold.retrieve.text_embedders import text_embedder
 
@@ -108,6 +120,47 @@ def index(
             )
             + f'  next: twofold search {out} "a red heart"'
         )
+
+
+def _part(source: str, model: Path, out: Path, part: str, existing: Existing, on_error: OnError, json: bool) -> None:
+    from twofold.data.sources import open_source
+    from twofold.models.bundle import Bundle
+    from twofold.progress import Line
+    from twofold.retrieve.bulk import Part, embed_part
+
+    mine = Part.read(part)
+    with Line(f"embed {mine.number}/{mine.of}", unit="items", quiet=json) as line:
+        skipped = embed_part(
+            open_source(source), Bundle.load(model), out, mine,
+            existing=existing, modality=modality, on_error=on_error, progress=line.update,
+        )  # fmt: skip
+    if json:
+        print_json({"part": mine._asdict(), "skipped": skipped})
+        return
+    print_skipped(skipped)
+    print(f"  part {mine.number} of {mine.of} is embedded; when all are: the same command without --part")
+
+
+def _on_ray(
+    source: str,
+    model: Path,
+    out: Path,
+    address: str,
+    existing: Existing,
+    modality: str | None,
+    on_error: OnError,
+    json: bool,
+) -> None:
+    """Embed on a cluster; what could not be is named by the build that follows."""
+    from twofold.data.sources import open_source
+    from twofold.progress import Line
+    from twofold.retrieve.bulk import embed_on_ray
+
+    with Line("embed on Ray", unit="items", quiet=json) as line:
+        embed_on_ray(
+            open_source(source), model, out,
+            address=address, existing=existing, modality=modality, on_error=on_error, progress=line.update,
+        )  # fmt: skip
 
 
 def _say(words: str) -> None:

@@ -201,23 +201,15 @@ class Index:
         out = Path(out)
         if existing not in ("keep", "prune", "replace"):
             raise unknown("choice of existing", existing, ("keep", "prune", "replace"))
-        with _writing(out):
-            was = read_head(out) if (out / "index.json").exists() else None
-            modality = modality or (was.modality if was else _first(source, bundle))
-            head = _new_head(source, bundle, modality, was)
-            if was and existing != "replace":
-                if was.modality != modality:
-                    raise UsageError(
-                        f"{out} is an index of {was.modality}s; make that of {modality}s in another folder."
-                    )
-                if was.fingerprint != head.fingerprint:
-                    raise _mismatch(out, was, bundle, "MODEL")
+        with claimed(out):
+            was, head = begun(source, bundle, out, modality, existing)
+            modality = head.modality
             kept = was if existing != "replace" else None
             embedder = _embedder(out, texts, kept, source)
             old = read_items(out, kept) if kept else {}
             vectors = Vectors(out / "vectors", head.fingerprint, head.dim)
             before = len(vectors)
-            found, skipped = _embedded(source, bundle, modality, vectors, on_error, progress)
+            found, skipped = embed_items(source, bundle, modality, vectors, on_error, progress)
             gone = [] if existing == "prune" else sorted(old.keys() - set(source.ids))
             absent = {name: old[name] for name in gone if old[name].key in vectors}
             lost = [name for name in gone if name not in absent]
@@ -267,7 +259,7 @@ class Index:
         it no more. Without `source` a lost vector is an error.
         """
         path = Path(path)
-        with _writing(path):
+        with claimed(path):
             head = read_head(path)
             held = read_items(path, head)
             items = {name: item for name, item in held.items() if name not in without}
@@ -283,7 +275,7 @@ class Index:
                 at = {name: i for i, name in enumerate(source.ids)}
                 again = source.take(at[name] for name in lost if name in at)
                 bundle = Bundle.load(path / "model")
-                items |= _embedded(again, bundle, head.modality, vectors, "skip", progress)[0]
+                items |= embed_items(again, bundle, head.modality, vectors, "skip", progress)[0]
                 items = {name: item for name, item in items.items() if item.key in vectors}
             if not items:
                 raise StoreError(f"Nothing of {path} would be left. Delete it, or bring back {head.source}.")
@@ -336,7 +328,7 @@ def search(
 # -- Items ------------------------------------------------------------------------------------------------------------
 
 
-def _embedded(
+def embed_items(
     source: Source,
     bundle: Bundle,
     modality: Modality,
@@ -491,12 +483,13 @@ def _kept_fusion(path: Path, head: Head) -> Fusion:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """The folder, for one process at a time; refuses one that holds other things."""
+def claimed(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """The folder, for one process that writes it, or for several (`shared`) that embed for it; refuses one that holds
+    other things."""
     path.mkdir(parents=True, exist_ok=True)
     if strange := sorted(e.name for e in path.iterdir() if e.name not in ENTRIES and not e.name.startswith(".")):
         raise StoreError(f"{path} is no index: it holds {strange[0]}. Choose a new or empty folder.")
-    claim = Claim(path / "twofold.lock")
+    claim = Claim(path / "twofold.lock", shared=shared)
     try:
         yield
     except (OSError, StoreError, sqlite3.Error) as error:
@@ -522,6 +515,23 @@ def _is_full(path: Path, error: Exception) -> bool:
 
 def _room(path: Path) -> bool:
     return shutil.disk_usage(path).free > 1 << 20
+
+
+def begun(
+    source: Source, bundle: Bundle, path: Path, modality: Modality | None, existing: Existing
+) -> tuple[Head | None, Head]:
+    """What index.json says, if there is an index, and what it shall say; refuses another model's vectors among its own.
+
+    Items go by the column `modality`, by that of the index, or by the source's first that the bundle has a tower for.
+    """
+    was = read_head(path) if (path / "index.json").exists() else None
+    head = _new_head(source, bundle, modality or (was.modality if was else _first(source, bundle)), was)
+    if was and existing != "replace":
+        if was.modality != head.modality:
+            raise UsageError(f"{path} is an index of {was.modality}s; make that of {head.modality}s in another folder.")
+        if was.fingerprint != head.fingerprint:
+            raise _mismatch(path, was, bundle, "MODEL")
+    return was, head
 
 
 def _new_head(source: Source, bundle: Bundle, modality: Modality, was: Head | None) -> Head:
