@@ -120,11 +120,12 @@ def test_a_ray_cluster_makes_the_index_of_one_process(made, tmp_path):
 def test_a_killed_part_goes_on_from_what_it_had(made, tmp_path):
     out = tmp_path / "index"
     source, bundle = open_source(str(made / "photos")), Bundle.load(made / "bundle")
-    process = parts(made, out)[1]
-    while not list(out.glob("vectors/*/*.arrow")) and process.poll() is None:
+    other, killed = parts(made, out)
+    while not list(out.glob("vectors/*/*.arrow")) and killed.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait(60)
+    killed.send_signal(signal.SIGKILL)
+    for process in (other, killed):
+        process.communicate(timeout=300)
     for number in range(2):
         embed_part(source, bundle, out, Part(number, 2))
     Index.build(source, bundle, out)

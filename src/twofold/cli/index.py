@@ -122,7 +122,16 @@ def index(
         )
 
 
-def _part(source: str, model: Path, out: Path, part: str, existing: Existing, on_error: OnError, json: bool) -> None:
+def _part(
+    source: str,
+    model: Path,
+    out: Path,
+    part: str,
+    existing: Existing,
+    modality: str | None,
+    on_error: OnError,
+    json: bool,
+) -> None:
     from twofold.data.sources import open_source
     from twofold.models.bundle import Bundle
     from twofold.progress import Line
