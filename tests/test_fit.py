@@ -236,6 +236,16 @@ def test_a_run_that_fails_before_its_first_checkpoint_says_that_there_is_none(tm
     assert not (tmp_path / CHECKPOINT).exists()
 
 
+@pytest.mark.parametrize("by", ["probes", "watch"])
+def test_a_broken_loss_is_told_before_the_weights_are_measured(by, tmp_path):
+    def measure(method: Method) -> float:
+        raise AssertionError("measured")
+
+    options: Any = {"probes": {"knn": measure}} if by == "probes" else {"watch": Watch(measure, every=4, patience=1)}
+    with pytest.raises(TrainingError, match=r"The loss is nan in step 3\. "):
+        fit(Breaks(at=3), pairs(), steps=20, out=tmp_path, save_every=4, log_every=10, quiet=True, **options)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_mixed_precision_resumes_bit_for_bit(precision, tmp_path, monkeypatch):
     def train(out: Path, stop: int | None = None) -> None:

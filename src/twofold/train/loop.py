@@ -193,17 +193,23 @@ def fit(
             return f"{out} holds no checkpoint: the first would have come with step {min(save_every, steps)}."
         return f"The checkpoint in {out} is of step {last_saved}."
 
-    def flush(done: int, result: Out, rate: float, scored: Mapping[str, float], probed: Mapping[str, float]) -> None:
-        """Look at the losses since the last flush; log the last one, with what was found of the weights if it was."""
+    def looked(done: int) -> list[float]:
+        """The losses since the last flush, which are to be finite before anybody measures the weights."""
         # What is not finite in one process is so in the sum: all of them stop here, and none waits for one that did.
-        losses = fabric.all_reduce(torch.stack(pending)).tolist()  # type: ignore[union-attr]
-        pending.clear()
+        losses: list[float] = fabric.all_reduce(torch.stack(pending)).tolist()  # type: ignore[union-attr]
         for step, loss in enumerate(losses, start=done - len(losses) + 1):
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"The loss is {loss} in step {step}. {kept()} Lower the learning rate (now {optimizer.lr}), "
                     "warm up longer, or clip the gradient (--optimizer.clip 1)."
                 )
+        return losses
+
+    def flush(done: int, result: Out, rate: float, scored: Mapping[str, float], save: bool) -> None:
+        """Look at the losses since the last flush; log the last one, and what `probes` find of weights to be saved."""
+        losses = looked(done)
+        pending.clear()
+        probed = _probed(method, probes) if save and log is not None and probes else {}
         seen = result.z[:RANK_ROWS].detach()
         figures = {"loss": losses[-1], "chance": result.chance, "rank": effective_rank(seen), "spread": spread(seen)}
         figures |= scored
@@ -238,6 +244,7 @@ def fit(
         """The score of these weights, where one is due; the first process takes it for all."""
         if watch is None or best is None or not (done % watch.every == 0 or done == steps):
             return {}
+        looked(done)
         scored = fabric.broadcast(_probed(method, {watch.name: watch.score}) if log is not None else {})
         best.consider(method, scored[watch.name], done, write=log is not None)
         return scored
@@ -278,8 +285,7 @@ def fit(
                 stop = stopping(done) or enough
                 save = stop or done % save_every == 0
                 if save or scored or done == 1 or done % log_every == 0:  # step 1: what the untrained network gives
-                    probed = _probed(method, probes) if save and log is not None and probes else {}
-                    flush(done, result, rate, scored, probed)
+                    flush(done, result, rate, scored, save)
                 if save:
                     last_saved = done
                 if save and log is not None:
