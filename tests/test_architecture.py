@@ -21,7 +21,7 @@ ROWS = [
     {"methods", "measure"},
     {"retrieve", "train"},
     {"terminal"},
-    {"demo", "serve"},
+    {"demo", "learn", "serve"},
     {"cli"},
 ]
 APART = [("objectives", ""), ("serve", "train"), ("retrieve", "train"), ("train", "retrieve"), ("data", "views")]

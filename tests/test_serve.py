@@ -368,7 +368,7 @@ def test_the_page_and_its_parts_are_there_and_ask_for_nothing_elsewhere(client):
     ):
         response = client.get(path)
         assert response.status_code == 200 and kind in response.headers["content-type"]
-        assert "default-src 'self'" in response.headers["content-security-policy"]
+        assert "default-src 'none'" in response.headers["content-security-policy"]
         assert "https://" not in response.text
 
 

@@ -135,7 +135,7 @@ def align(
     _check_towers(towers, pairs, recipe)
     weighed = read_weights(weights) if isinstance(weights, Path | str) else Weights(weights or {})
     weighed.check(pairs)
-    train, held = _parts(with_texts(pairs, towers), towers, recipe)
+    train, held = parts(with_texts(pairs, towers), towers, recipe)
     train = train.take(np.flatnonzero(weighed.shares(train, towers)))
     with torch.random.fork_rng():  # an encoder from scratch draws its weights
         torch.manual_seed(runtime.seed_of(recipe.seed, "encoders"))
@@ -245,7 +245,7 @@ def with_texts(pairs: Source, towers: Mapping[Modality, str]) -> Source:
     return replace(pairs, texts=texts, columns={**pairs.columns, **others}).take(full)
 
 
-def _parts(pairs: Source, towers: Mapping[Modality, str], recipe: Recipe) -> tuple[Source, Source | None]:
+def parts(pairs: Source, towers: Mapping[Modality, str], recipe: Recipe) -> tuple[Source, Source | None]:
     """What is learned from, and what validates: the split "val", else a share of what would be learned from."""
     train = pairs if pairs.splits is None else pairs.split("train")
     if pairs.splits is not None and "val" in pairs.splits:
