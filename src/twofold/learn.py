@@ -8,6 +8,7 @@ from twofold.errors import DataError, UsageError
 from twofold.retrieve.feedback import Feedback
 from twofold.retrieve.index import Index
 from twofold.train.feedback import Learnt, Lesson, Question, learn_from
+from twofold.train.mine import write_rows
 
 
 def learn(
@@ -56,3 +57,16 @@ def _pairs(index: Path | str, names: list[str | None], modality: str) -> Source:
         f"So that nothing is forgotten, pairs are replayed; neither the model's data nor {index}'s source can be "
         f"opened with {modality} and text. Name some: `twofold align captions.csv --feedback {index} --out DIR`."
     )
+
+
+def export(index: Path | str, out: Path) -> int:
+    """Write judged questions in words as (anchor, positive, negative), with their ids beside; the number of rows.
+
+    sentence-transformers trains with the file as it is, `align --negatives` reads both.
+    """
+    with closing(Index.open(index)) as opened:
+        words, ids = Feedback(index).tuples(dict(opened.items()))
+    if not words:
+        raise UsageError(f"No question in words in {index} has both an item found right and one found wrong.")
+    write_rows(out, ["anchor", "positive", "negative"], words, ids)
+    return len(words)

@@ -22,8 +22,15 @@ def align(arguments: list[str]) -> None:
       twofold align captions.csv --out runs/d --train text --rates text 2e-5
       twofold align code.jsonl --out runs/e --towers docs=minilm code=minilm --columns docs=text code=text
       twofold align captions.csv --out runs/f --weights pairs/pairs.csv
+      twofold align --feedback photos.index --out runs/g
+
+    With --feedback the model of an index learns from what people said of its hits; `twofold align --feedback --help`
+    has the flags of that.
 
     """
+    if any(word.partition("=")[0] == "--feedback" for word in arguments):
+        _from_feedback(arguments)
+        return
     from twofold.data.sources import open_source
     from twofold.measure.evaluate import evaluate
     from twofold.train.align import TOWERS, Recipe
@@ -102,3 +109,63 @@ def align(arguments: list[str]) -> None:
         print(f"\n  {out / 'bundle'}\n  next: twofold index {pairs} --model {out} --out {out / 'index'}")
 
     call(verb, "align", arguments, description=described(align))
+
+
+def _from_feedback(arguments: list[str]) -> None:
+    """Let the model of an index learn from what people said of its hits, without forgetting what it knew.
+
+    Only the words' head learns, so the index keeps its vectors. Pairs are replayed: those of DATA, else those that the
+    model or the index was made from. The step is kept that does best on what was said and loses nothing on pairs held
+    out. Then `twofold index` takes the model over, and the page shows judged questions before and after.
+
+    examples:
+      twofold align --feedback photos.index --out runs/g
+      twofold align captions.csv --feedback photos.index --out runs/g --steps 60
+      twofold index photos/ --model runs/g --out photos.index
+
+    """
+    from twofold.data.sources import open_source
+    from twofold.learn import learn
+    from twofold.train.feedback import Lesson
+
+    def verb(
+        pairs: Data | None = None,
+        /,
+        *,
+        feedback: Annotated[Path, arg(metavar="INDEX")],
+        out: Folder,
+        lesson: OmitArgPrefixes[Lesson] = Lesson(),  # noqa: B008 — frozen
+        images: Annotated[Path | None, arg(metavar="DIR")] = None,
+        json: bool = False,
+    ) -> None:
+        """Flags.
+
+        Args:
+            pairs: pairs to replay, if not those that the model or the index was made from
+            feedback: the index whose hits were judged
+            out: the run's folder; the bundle comes to lie in it
+            images: where the manifest's files are, if not beside it
+            json: print the result as JSON
+        """
+        source = None if pairs is None else open_source(pairs, images=images)
+        done = learn(feedback, out=out, pairs=source, lesson=lesson, quiet=json)
+        if json:
+            print_json(
+                {
+                    "bundle": out / "bundle",
+                    "fingerprint": done.bundle.fingerprint,
+                    "step": done.run.best,
+                    "validation": {"before": done.recall[0], "after": done.recall[1], "worse": done.worse},
+                    "ordered": {"before": done.ordered[0], "after": done.ordered[1]},
+                    "questions": done.bundle.meta["feedback"]["questions"],
+                }
+            )
+            return
+        print(f"  {done.bundle.meta['feedback']['questions']:,} judged questions; step {done.run.best} is kept")
+        print(f"  right before wrong: {done.ordered[0]:.3f} → {done.ordered[1]:.3f} (these were learned from)")
+        print(f"  recall on pairs held out: {done.recall[0]:.3f} → {done.recall[1]:.3f}")
+        source_of = "SOURCE" if pairs is None else pairs
+        print(f"\n  {out / 'bundle'}\n  next: twofold index {source_of} --model {out} --out {feedback}")
+        print(f"        twofold index --corrected {feedback}")
+
+    call(verb, "align", arguments, description=described(_from_feedback))

@@ -21,8 +21,14 @@ def mine(arguments: list[str]) -> None:
       twofold mine captions.csv --model runs/b --out hard.jsonl
       twofold mine products.csv --model runs/b --out hard.csv --same brand
       twofold align captions.csv --out runs/c --negatives hard.jsonl
+      twofold mine --feedback photos.index --out clicks.jsonl
+
+    With --feedback the negatives are not mined: they are what people found wrong among an index's hits.
 
     """
+    if any(word.partition("=")[0] == "--feedback" for word in arguments):
+        _from_feedback(arguments)
+        return
     from twofold.data.sources import open_source
     from twofold.mining import NAIVE, Guards
     from twofold.models.bundle import Bundle
@@ -108,3 +114,37 @@ def mine(arguments: list[str]) -> None:
         return f"{query[:40]}: {candidate!r} {one['score']:.3f} beside {positive!r} {one['positive_score']:.3f}"
 
     call(verb, "mine", arguments, description=described(mine))
+
+
+def _from_feedback(arguments: list[str]) -> None:
+    """Write what people said of an index's hits as hard negatives: anchor (what was asked), positive, negative.
+
+    sentence-transformers trains with FILE as it is; FILE.ids beside it is for `twofold align --negatives`.
+
+    examples:
+      twofold mine --feedback photos.index --out clicks.jsonl
+      twofold align captions.csv --out runs/c --negatives clicks.jsonl
+
+    """
+    from twofold.learn import export
+    from twofold.train.mine import ids_path
+
+    def verb(
+        *,
+        feedback: Annotated[Path, arg(metavar="INDEX")],
+        out: Annotated[Path, arg(metavar="FILE")],
+        json: bool = False,
+    ) -> None:
+        """
+        Args:
+            feedback: the index whose hits were judged
+            out: the file of triplets
+            json: print the result as JSON
+        """
+        rows = export(feedback, out)
+        if json:
+            print_json({"out": out, "ids": ids_path(out), "rows": rows})
+        else:
+            print(f"  {rows:,} rows in {out}, their ids in {ids_path(out)}")
+
+    call(verb, "mine", arguments, description=described(_from_feedback))

@@ -2,9 +2,11 @@
 
 A question's words are held against the items that were found right and wrong for it, by the sigmoid of SigLIP (arXiv
 2303.15343); against the pictures of the batch, which are none of its answers; and the texts of the batch against the
-items found right. Only the words' side moves: the items' vectors are those of the index, and stay so.
+items found right. Only the words' side moves: the items' vectors are those of the index, and stay so. The batch's
+texts are held where they were: the items that were judged would else draw other questions to them.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +24,7 @@ class WithFeedback(Method):
 
     `questions` is what the words' tower takes in, `items` the vectors of judged items, and `judged` 1 where an item was
     found right, −1 where wrong, 0 where nobody said. A wrong one counts `wrong` of a right one: many are seen together.
+    `keep` weighs how far the batch's texts have moved, as 1 − cosine.
     """
 
     questions: Tensor
@@ -36,9 +39,11 @@ class WithFeedback(Method):
         judged: Int8[Tensor, "q m"],
         *,
         wrong: float = 0.2,
+        keep: float = 100.0,
     ):
         super().__init__()
-        self.method, self.needs, self.wrong = method, method.needs, wrong
+        self.method, self.needs, self.wrong, self.keep = method, method.needs, wrong, keep
+        self.known = (copy.deepcopy(method.towers()["text"]).eval().requires_grad_(False),)  # no module: not trained
         method.log_scale.requires_grad_(False)  # what a cosine means stays as it is
         method.bias.requires_grad_(False)
         self.register_buffer("questions", questions, persistent=False)
@@ -52,8 +57,10 @@ class WithFeedback(Method):
         right = self.items[(self.judged > 0).any(0)]
         strangers = F.softplus(self._logits(asked, item)).sum() + F.softplus(self._logits(text, right)).sum()
         said = self.said(asked)
-        loss = out.loss + strangers / len(item) + said
-        return Out(loss, z=out.z, chance=out.chance, parts={**out.parts, "said": said.detach()})
+        moved = self.moved(batch["text"])
+        loss = out.loss + strangers / len(item) + said + self.keep * moved
+        parts = {**out.parts, "said": said.detach(), "moved": moved.detach()}
+        return Out(loss, z=out.z, chance=out.chance, parts=parts)
 
     def asked(self) -> Float[Tensor, "q d"]:
         """Unit vectors of the questions."""
@@ -65,6 +72,16 @@ class WithFeedback(Method):
         right = (F.softplus(-logits) * (self.judged > 0)).sum()
         wrong = (F.softplus(logits) * (self.judged < 0)).sum()
         return (right + self.wrong * wrong) / len(asked)
+
+    def moved(self, x: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
+        """How far texts are from where they were: the mean of 1 − cosine, 0..2; without dropout, which is noise."""
+        head = self.towers()["text"]
+        training = head.training
+        now = head.eval()(x)
+        head.train(training)
+        with torch.no_grad():
+            before = self.known[0].to(x.device)(x)
+        return (1 - F.cosine_similarity(now, before)).mean()
 
     def _logits(self, a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
         return self.method.log_scale.exp() * (a @ b.T) + self.method.bias

@@ -6,9 +6,9 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from twofold.data.atomic import sync_folder
 from twofold.errors import StoreError
@@ -110,3 +110,20 @@ class Feedback:
             for positive in one.positives
             for negative in one.negatives
         ]
+
+    def tuples(self, columns: Mapping[str, Mapping[str, Any]]) -> tuple[list[list[str]], list[list[str]]]:
+        """`triplets` as rows (anchor, positive, negative) to train with, and the ids of each row beside.
+
+        `columns` are those of the items: an item stands there by its text, else by the path of its picture, else by its
+        id. The id of an anchor is that of its positive: its words are one more text of that item.
+        """
+        words, ids = [], []
+        for text, positive, negative in self.triplets():
+            if positive in columns and negative in columns:
+                words.append([text, *(_written(name, columns[name]) for name in (positive, negative))])
+                ids.append([positive, positive, negative])
+        return words, ids
+
+
+def _written(name: str, meta: Mapping[str, Any]) -> str:
+    return str(meta.get("text") or meta.get("image") or name)

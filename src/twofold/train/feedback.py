@@ -51,13 +51,14 @@ class Lesson:
     lr: float = 1e-4
     batch: int = 512  # pairs replayed in each step
     wrong: float = 0.2  # what an item found wrong counts, beside one found right
+    keep: float = 100.0  # how strongly replayed texts are held where they were
     loss_allowed: float = 0.005  # of the recall in validation, 0..1, for the sake of what was said
     holdout: float = 0.1  # share of the pairs to validate on, where the data has no split "val"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not self.lr > 0 or self.wrong < 0 or self.loss_allowed < 0:
-            raise UsageError(f"Steps and rate are above 0, wrong and loss_allowed not below; got {self}.")
+        if self.steps < 1 or not self.lr > 0 or min(self.wrong, self.keep, self.loss_allowed) < 0:
+            raise UsageError(f"Steps and rate are above 0, the rest not below; got {self}.")
 
 
 class Learnt(NamedTuple):
@@ -127,6 +128,7 @@ def learn_from(
         torch.from_numpy(np.stack([vectors[name] for name in names])),
         _judged(questions, names),
         wrong=lesson.wrong,
+        keep=lesson.keep,
     )
     watch, recall = None, _Recall.of(bundle, held, modality, quiet=quiet) if held is not None else None
     before = recall(method.eval()) if recall else math.nan
@@ -170,8 +172,8 @@ def learn_from(
     learnt = Learnt(done, run, (before, after), (ordered, _ordered(method)))
     if learnt.worse and not quiet:
         TERMINAL.print(
-            f"  The rest gets worse: recall on pairs held out was {before:.3f} and is {after:.3f}. Learn less (--steps, "
-            "--lr), or leave the model as it is.",
+            f"  The rest gets worse: recall on pairs held out was {before:.3f}, and is {after:.3f}. "
+            "Learn less (--steps, --lr), or leave the model as it is.",
             soft_wrap=True,
         )
     return learnt

@@ -214,8 +214,6 @@ def write(done: MinedPairs, path: Path, *, triplets: bool = False) -> int:
 
     sentence-transformers takes columns by their order, each as one more text: so the ids are in a file of their own.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{path}: mined negatives are written as {', '.join(SUFFIXES)}, by the file's name.")
     rows = done.tuples(triplets=triplets)
     k = done.mined.negatives.shape[1]
     names = ["anchor", "positive", *(["negative"] if triplets else [f"negative_{i + 1}" for i in range(k)])]
@@ -225,9 +223,16 @@ def write(done: MinedPairs, path: Path, *, triplets: bool = False) -> int:
         at = done.asked[query]
         words.append([anchors.written(at, source), *(candidates.written(row, source) for row in others)])
         ids.append([source.ids[anchors.owner[at]], *(source.ids[candidates.owner[row]] for row in others)])
+    write_rows(path, names, words, ids)
+    return len(rows)
+
+
+def write_rows(path: Path, names: list[str], words: list[list[str]], ids: list[list[str]]) -> None:
+    """Write a table with these columns, and the ids of its cells beside it."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{path}: mined negatives are written as {', '.join(SUFFIXES)}, by the file's name.")
     _write_table(path, names, words)
     _write_table(ids_path(path), [f"{name}_id" for name in names], ids)
-    return len(rows)
 
 
 def read_negatives(
