@@ -106,6 +106,7 @@ async function search({ keep = false } = {}) {
     for (const hit of answer.hits) names.set(hit.id, titleOf(hit));
     more = answer.more;
     renderHits(from);
+    if (!keep) scrollTo(0, 0);
     tell(answer);
   } catch (error) {
     if (mine === asked) say(error.message, true);
