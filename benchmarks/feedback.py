@@ -7,7 +7,7 @@ pictures, drawn by a seed, are asked; of the ten best hits, the caption's own pi
 wrong. `twofold align --feedback` learns from that. Recall is then taken on the captions that were asked, whose clicks
 were trained on; on the other four captions of the same pictures, which nobody asked; and on the captions of the 950
 other pictures, of which many were clicked as wrong. Intervals are of the difference, bootstrapped over pictures. The
-recipe was chosen on the validation split (LOG.md), which also chooses the step that is kept.
+index has no space of texts, in which a caption would find itself. The recipe was chosen on the validation split (LOG.md), which also chooses the step that is kept.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main() -> None:
             align(data, out=run, recipe=Recipe(seed=model))
         bundle, folder = Bundle.load(run), arguments.runs / f"clicks-{model}-{clicks}"
         index = folder / "index"
-        Index.build(test, bundle, index, existing="replace")
+        Index.build(test, bundle, index, existing="replace", texts="none")
         Feedback(index).path.unlink(missing_ok=True)
         asked = click(index, test, clicks)
         done = learn(index, out=folder / "learnt", pairs=data, lesson=Lesson(seed=clicks))
