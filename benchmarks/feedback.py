@@ -6,9 +6,9 @@ A model is aligned as `twofold align` does it, and the 1,000 test pictures are i
 pictures, drawn by a seed, are asked; of the ten best hits, the caption's own picture is clicked as right, the others as
 wrong. `twofold align --feedback` learns from that. Recall is then taken on the captions that were asked, whose clicks
 were trained on; on the other four captions of the same pictures, which nobody asked; and on the captions of the 950
-other pictures, of which many were clicked as wrong. Intervals are of the difference, bootstrapped over pictures. The index has
-no space of texts, in which a caption would find itself. The recipe was chosen on the validation split (LOG.md), which
-also chooses the step that is kept.
+other pictures, of which many were clicked as wrong. Intervals are of the difference, bootstrapped over pictures. The
+index has no space of texts, in which a caption would find itself. The recipe was chosen on the validation split
+(LOG.md), which also chooses the step that is kept.
 """
 
 import argparse
