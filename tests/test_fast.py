@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from twofold.models import fast
-from twofold.models.encoders import fingerprint, image_encoder, inference, text_encoder
+from twofold.models.encoders import VectorEncoder, fingerprint, image_encoder, inference, text_encoder
 from twofold.models.fast import accelerate
 
 
@@ -97,3 +97,15 @@ def test_the_default_text_encoder_agrees_on_texts_of_any_length(cache):
     for texts in (["one"], ["a red boat at dusk", "x", "two dogs run " * 100]):
         tokens = encoder.inputs(texts)
         torch.testing.assert_close(quick(tokens), features(encoder, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_vectors_run_in_pytorch_as_they_are(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(fast, "_export", fail)
+    vectors = VectorEncoder(5)
+    plain = accelerate(vectors, tmp_path)
+    x = torch.rand(3, 5)
+    assert plain.engine == "eager"
+    torch.testing.assert_close(plain(x), vectors(x))

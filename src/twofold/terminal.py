@@ -73,7 +73,7 @@ def label_tables(labels: Mapping[str, Labels], models: Sequence[str] = ("trained
             name,
             *(interval(found.recall[k]) if found else "" for k in (1, 5)),
             interval(found.map) if found else "",
-            *(f"{value.value:.3f}" if clusters else "" for value in (clusters[:2] if clusters else ("", ""))),
+            *((f"{value.value:.3f}" for value in clusters[:2]) if clusters else ("", "")),
         )
     first = next((probes.found for probes in labels.values() if probes.found), None)
     if first is not None:

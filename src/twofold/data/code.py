@@ -87,8 +87,8 @@ def _code(node: Any, lines: Sequence[str]) -> str:
 
 def _unique(ids: Sequence[str], lines: Sequence[int]) -> list[str]:
     """The ids; of those that come again (a property's setter, a branch for another system), with their line."""
-    seen: set[str] = set()
-    return [f"{one}:{line}" if one in seen or seen.add(one) else one for one, line in zip(ids, lines, strict=True)]
+    first = {one: place for place, one in reversed(list(enumerate(ids)))}
+    return [one if first[one] == place else f"{one}:{lines[place]}" for place, one in enumerate(ids)]
 
 
 def _splits(files: Sequence[str]) -> list[str]:

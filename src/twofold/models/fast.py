@@ -63,12 +63,13 @@ def accelerate(encoder: Encoder, cache: Path) -> Fast:
 
 
 def _eager(encoder: Encoder) -> Callable[[Inputs], Tensor]:
-    if isinstance(encoder, ImageEncoder):
+    sees = isinstance(encoder, ImageEncoder)
+    if sees:
         encoder = copy.deepcopy(encoder).to(memory_format=torch.channels_last)
 
     def run(x: Inputs) -> Tensor:
         with inference(encoder):
-            return encoder(x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) else x)
+            return encoder(x.contiguous(memory_format=torch.channels_last) if sees and isinstance(x, Tensor) else x)
 
     return run
 

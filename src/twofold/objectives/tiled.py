@@ -117,17 +117,17 @@ class _LogSumExp(torch.autograd.Function):
         mirrored = y is None
         empty = 0.0 if ctx.safe else -math.inf  # safe sums are sums until they are whole, others logarithms all along
         rows = x.new_full((len(x),), empty)
-        columns = None if not both else rows if mirrored else x.new_full((len(y),), empty)
+        columns = None if not both else rows if y is None else x.new_full((len(y),), empty)
         height, width = _sides(x, y)
         across, down = rows.split(height), None if columns is None else columns.split(width)
-        table = len(x), len(x if mirrored else y)
+        table = len(x), len(x if y is None else y)
         kept = None
         for i, j, logits, spare in _powers(x, y, skip, ctx.safe):
             _accumulate(across[i], logits, 1, ctx.safe, spare)
             if down is not None and not (mirrored and i == j):
                 _accumulate(down[j], logits, 0, ctx.safe, spare)
             # A table no larger than the embeddings need not be made twice.
-            if logits.shape == table and logits.numel() <= x.numel() + (0 if mirrored else y.numel()):
+            if logits.shape == table and logits.numel() <= x.numel() + (0 if y is None else y.numel()):
                 kept = logits
         if ctx.safe:
             rows.log2_()
@@ -160,17 +160,17 @@ class _LogSumExp(torch.autograd.Function):
         row, to_row, of_x, into_x = (_blocks(of, height) for of in (rows[:, None], to_rows[:, None], x, to_x))
         column, to_column, of_y, into_y = (_blocks(of, width) for of in (columns, to_columns, y, to_y))
         for i, j, logits, spare in tiles:
-            if ctx.safe and column is None:
+            if ctx.safe and columns is None:
                 weights = logits.mul_(to_row[i])
             elif ctx.safe:
                 weights = logits.mul_(torch.add(to_row[i], to_column[j], out=spare))
             else:
                 weights = torch.sub(logits, row[i], out=spare).exp2_().mul_(to_row[i])
-                if column is not None:
+                if columns is not None:
                     weights.add_(logits.sub_(column[j]).exp2_().mul_(to_column[j]))
-            if into_x is not None:
+            if to_x is not None:
                 into_x[i].addmm_(weights, of_y[j])
-            if into_y is not None and not (mirrored and i == j):
+            if to_y is not None and not (mirrored and i == j):
                 into_y[j].addmm_(weights.T, of_x[i])
         return to_x, None if mirrored else to_y, None, None, None
 
@@ -196,9 +196,9 @@ class _SoftplusSum(torch.autograd.Function):
             total += torch.log1p(powers, out=spare).sum()
             if gradients:
                 weights = powers.div_(torch.add(powers, 1, out=spare))
-                if into_x is not None:
+                if to_x is not None:
                     into_x[i].addmm_(weights, of_y[j])
-                if into_y is not None:
+                if to_y is not None:
                     into_y[j].addmm_(weights.T, of_x[i])
                 if to_bias is not None:
                     to_bias += weights.sum()
@@ -237,7 +237,7 @@ def _tiles(
     Without y only the tiles on and above the main diagonal. Both tensors are overwritten by the next tile.
     """
     mirrored, (height, width) = y is None, _sides(x, y)
-    y = x if mirrored else y
+    y = x if y is None else y
     if not len(x) or not len(y):
         return
     space = x.new_empty(2, height * width)
@@ -259,9 +259,9 @@ def _tiles(
             yield i, j, tile, spare
 
 
-def _blocks(x: Tensor | None, side: int) -> Sequence[Tensor] | None:
+def _blocks(x: Tensor | None, side: int) -> Sequence[Tensor]:
     """The rows of x, if there is one, a tile's side at a time. Made once: a view costs as much as a small operation."""
-    return None if x is None else x.split(side)
+    return () if x is None else x.split(side)
 
 
 def _spans(n: int, side: int) -> list[slice]:

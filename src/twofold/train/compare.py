@@ -186,7 +186,7 @@ def compare(
     rows.sort(key=lambda row: -row.accuracy["linear"].value)
     assert held.labels is not None
     chance = float(np.bincount(held.labels).max() / len(held))
-    done = Comparison(
+    compared = Comparison(
         data=source.name,
         rows=rows,
         baselines=baselines,
@@ -197,7 +197,7 @@ def compare(
         verdict=[],
         caveats=_caveats(variants, seeds, seconds),
     )
-    return done._replace(verdict=verdict(done))
+    return compared._replace(verdict=verdict(compared))
 
 
 def fitting(source: Source) -> list[str]:
@@ -370,7 +370,7 @@ def _run(work: _Work, *, quiet: bool) -> dict[str, Any] | str:
         picture = Bundle.load(folder).tower("image").encoder
         assert isinstance(picture, ImageEncoder)
         agreed = _agreement(picture, held, setting, judge)
-        seen = _measured(*_seen(picture, trained, held, setting), **agreed)
+        seen = _measured(*_seen(picture, trained, held, setting), agreed)
     except TwofoldError as error:
         return str(error)
     pace = pace_of(run.log)
@@ -466,7 +466,7 @@ def _agreement(picture: ImageEncoder, held: Source, setting: Setting, judge: Pol
     return {"alignment": alignment(one, other), "view_retrieval": view_retrieval(one, other)}
 
 
-def _measured(bank: Part, test: Part, **more: Any) -> dict[str, Any]:
+def _measured(bank: Part, test: Part, more: Mapping[str, float] | None = None) -> dict[str, Any]:
     """A line of compare.jsonl: hits by item, for they are compared item by item."""
     (z, y), (queries, answers) = bank, test
     few = few_shot(z, y, queries, answers, shots=SHOTS)
@@ -480,7 +480,7 @@ def _measured(bank: Part, test: Part, **more: Any) -> dict[str, Any]:
         "rank": effective_rank(queries),
         "width": int(queries.shape[1]),
         "uniformity": uniformity(queries),
-        **more,
+        **(more or {}),
     }
 
 
@@ -537,7 +537,7 @@ def _baselines(
 
         def untrained(setting: Setting = setting) -> dict[str, Any]:
             picture = _untrained(setting)
-            return _measured(*_seen(picture, trained, held, setting), **_agreement(picture, held, setting, judge))
+            return _measured(*_seen(picture, trained, held, setting), _agreement(picture, held, setting, judge))
 
         kind = " transformer" if len(settings) > 1 and spec.startswith("timm:vit") else ""
         rows.append(_baseline(f"untrained{kind}", those, lines, untrained))
@@ -563,8 +563,9 @@ def _baselines(
 
     def imagenet() -> dict[str, Any]:
         model = encoder(IMAGENET, "image").to(runtime.device())
-        one, other = ((embed(model, part, "image", quiet=quiet), part) for part in (bank, held))
-        return _measured(*((done.matrix, _labels(part, done.kept)) for done, part in (one, other)))
+        done = ((embed(model, part, "image", quiet=quiet), part) for part in (bank, held))
+        one, other = ((found.matrix, _labels(part, found.kept)) for found, part in done)
+        return _measured(one, other)
 
     rows.append(_baseline("raw pixels", known, lines, pixels))
     rows.append(_baseline("colours", {**known, "baseline": "colours"}, lines, colours))

@@ -299,7 +299,7 @@ def _method(
 
 
 def _tokens(encoder: Encoder) -> View:
-    def view(texts: list[str], draw: torch.Generator) -> dict[str, torch.Tensor]:
+    def view(texts: list[str], draw: torch.Generator) -> Inputs:
         device = next(encoder.parameters()).device
         with runtime.part("views"):
             return moved(encoder.batch(texts), device)
