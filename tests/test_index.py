@@ -13,13 +13,19 @@ from PIL import Image
 from torch import nn
 
 import twofold.retrieve.index as module
+from test_store import server
 from twofold.data.samples import openmoji
 from twofold.data.sources import Source, open_source
 from twofold.errors import DataError, DecodeError, FingerprintMismatch, StoreError, UsageError
 from twofold.models.bundle import Bundle, Tower
 from twofold.models.encoders import image_encoder, text_encoder
+from twofold.retrieve.check import check
+from twofold.retrieve.engines import Kept
+from twofold.retrieve.explain import explain
 from twofold.retrieve.index import Built, Index, index, search
 from twofold.retrieve.store import Claim
+    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
+)
 
 
 def make_bundle(seed: int = 0, *, text: bool = False) -> Bundle:
@@ -191,7 +197,8 @@ KILLED = """
     import twofold.retrieve.index as module
     photos, model, out, when = sys.argv[1:]
     module.CHUNK = embedding.BATCH = embedding.SHARD = 3
-    upsert = module.ChromaStore.upsert
+    from twofold.retrieve.store import ChromaStore
+    upsert = ChromaStore.upsert
 
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -201,7 +208,7 @@ KILLED = """
         die()
 
     if when == "filling":
-        module.ChromaStore.upsert = upsert_and_die
+        ChromaStore.upsert = upsert_and_die
     module.index(photos, model=model, out=out, progress=lambda at, _: die() if when == "embedding" and at > 6 else None)
 """
 
@@ -373,3 +380,38 @@ def test_an_item_whose_vector_and_picture_are_both_lost_is_named(photos, bundle,
     assert [(name, "damaged" in reason) for name, reason in built.skipped] == [("red/1.png", True)]
     assert (built.items, built.removed, built.absent) == (9, 1, 0)
     assert_holds(out, photos, names_in(photos))
+
+
+@pytest.mark.parametrize("store", ["exact", "qdrant", "chroma server"])
+def test_an_index_goes_over_to_another_store_and_back_and_keeps_its_choice(photos, bundle, out, store, tmp_path):
+    Index.build(open_source(photos), bundle, out)
+    kept = Kept({"exact": "exact", "qdrant": f"qdrant:{tmp_path / 'q'}"}.get(store) or f"chroma:{server()}")
+    assert Index.build(open_source(photos), bundle, out, store=kept).embedded == 0
+    assert_holds(out, photos, names_in(photos))
+    assert check(out).whole and not list((out / "chroma").glob("*"))
+    reader = Index.open(out)
+    assert reader.head.store == kept and explain(reader).recall == 1
+    paint(photos / "green" / "new.png", 101)
+    (photos / "red" / "1.png").unlink()
+    if store == "qdrant":
+        reader.close()  # a folder of the local mode has one client at a time
+    assert Index.build(open_source(photos), bundle, out, existing="prune").embedded == 1
+    if store != "qdrant":
+        assert len(reader.search(image=photos / "red" / "3.png", k=20)) == 10
+        reader.close()
+    assert_holds(out, photos, names_in(photos))
+    with pytest.raises(FingerprintMismatch):
+        Index.open(out, make_bundle(seed=1))
+    Index.rebuild(out, store=Kept("chroma", {"ef_search": 50}))
+    assert_holds(out, photos, names_in(photos))
+    opened = Index.open(out)
+    assert opened.store.parameters["ef_search"] == 50
+    opened.close()
+
+
+@pytest.mark.parametrize("wrong", ["qdrant", "exact:x", "chroma:localhost", "faiss"])
+def test_a_store_that_does_not_exist_is_refused(wrong):
+    with pytest.raises(UsageError):
+        Kept(wrong)
+    with pytest.raises(UsageError, match="setting"):
+        Kept("chroma", {"ef": 3})

@@ -1,8 +1,16 @@
 """Every store keeps what a dictionary would keep, and finds what comparing with everything would find."""
 
+import atexit
+import contextlib
+import functools
+import secrets
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +21,43 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from twofold.errors import FingerprintMismatch, StoreError, UsageError
 from twofold.retrieve.filters import parse_where
-from twofold.retrieve.store import ChromaStore, ExactStore, Hit, scalars
+from twofold.retrieve.qdrant import QdrantStore
+from twofold.retrieve.store import ChromaServerStore, ChromaStore, ExactStore, Hit, scalars
+    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
+)
 
 STORES = {
     "exact": lambda path, dim: ExactStore(fingerprint="f", dim=dim),
+    "matrix": lambda path, dim: ExactStore(fingerprint="f", dim=dim, path=path, write=True),
     "chroma": lambda path, dim: ChromaStore(path, fingerprint="f", dim=dim, write=True),
+    "chroma server": lambda path, dim: ChromaServerStore(
+        server(), f"test-{secrets.token_hex(8)}", fingerprint="f", dim=dim, write=True
+    ),
+    "qdrant": lambda path, dim: QdrantStore(str(path), "test", fingerprint="f", dim=dim, write=True),
 }
+
+
+@functools.cache
+def server() -> str:
+    """The URL of a Chroma server on a free port, the same for all tests; it ends with them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tempfile.mkdtemp()
+    command = [Path(sys.executable).with_name("chroma"), "run", "--path", folder, "--host", "127.0.0.1"]
+    running = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def end() -> None:
+        running.kill()
+        running.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(end)
+    for _ in range(300):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return f"http://127.0.0.1:{port}"
+        time.sleep(0.1)
+    raise AssertionError("chroma run did not start")
 
 
 @pytest.fixture(params=STORES)
@@ -420,3 +459,52 @@ def test_readers_share_and_a_writer_waits_for_them(tmp_path):
         chroma(tmp_path, write=True)
     second.close()
     chroma(tmp_path, write=True).close()
+
+
+# The others
+
+
+def reopened(kind: str, path: Path, **options):
+    options = {"fingerprint": "f", "dim": 4, **options}
+    if kind == "matrix":
+        return ExactStore(path=path / "m", **options)
+    if kind == "qdrant":
+        return QdrantStore(str(path / "q"), "items", **options)
+    return ChromaServerStore(server(), f"items-{path.name}", **options)
+
+
+@pytest.mark.parametrize("kind", ["matrix", "qdrant", "chroma server"])
+def test_a_store_elsewhere_is_found_again_and_refuses_another_encoder_and_writing_readers(kind, tmp_path):
+    with pytest.raises(StoreError):
+        reopened(kind, tmp_path)
+    store = reopened(kind, tmp_path, write=True)
+    fill(store, [{"n": n} for n in range(8)])
+    store.delete(["item0"])
+    store.close()
+    store = reopened(kind, tmp_path)
+    assert names(store.query(cloud(8)[3], 1)) == ["item3"] and len(store) == 7
+    for change in (lambda: store.upsert(["a"], np.ones((1, 4)), [{}]), lambda: store.delete(["item1"])):
+        with pytest.raises(StoreError, match="write=True"):
+            change()
+    store.close()
+    for write in (False, True):
+        for other in ({"fingerprint": "g"}, {"dim": 5}):
+            with pytest.raises(FingerprintMismatch, match="embed the items"):
+                reopened(kind, tmp_path, write=write, **other)
+    reopened(kind, tmp_path, write=True).close()
+
+
+def test_a_matrix_whose_writer_died_is_no_store(tmp_path):
+    store = reopened("matrix", tmp_path, write=True)
+    fill(store, [{}] * 8)
+    with pytest.raises(StoreError, match=r"no rows\.json"):
+        reopened("matrix", tmp_path)
+    store.close()
+    (tmp_path / "m" / "vectors.f32").write_bytes(b"1234")
+    with pytest.raises(StoreError, match="damaged"):
+        reopened("matrix", tmp_path)
+
+
+def test_a_server_that_is_not_there_is_said_so():
+    with pytest.raises(StoreError, match="Is the server running there"):
+        ChromaServerStore("http://127.0.0.1:9", "items", fingerprint="f", dim=4)

@@ -3,12 +3,15 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from twofold.cli.flags import Data, Folder, OnError, verb
+from twofold.cli.flags import Data, Folder, OnError, assigned, verb
 from twofold.cli.show import print_checked, print_corrected, print_json, print_skipped, write_csv
+
+if TYPE_CHECKING:
+    from twofold.retrieve.engines import Kept
 
 Existing = Literal["keep", "prune", "replace"]
 Made = Annotated[Path | None, arg(metavar="INDEX")]
@@ -26,6 +29,8 @@ def index(
     modality: Annotated[str | None, arg(metavar="COLUMN")] = None,
     part: Annotated[str | None, arg(metavar="I/N|auto")] = None,
     ray: Annotated[str | None, arg(metavar="ADDRESS")] = None,
+    store: Annotated[str | None, arg(metavar="STORE")] = None,
+    hnsw: Annotated[tuple[str, ...], arg(metavar="NAME=N …")] = (),
     on_error: OnError = "skip",
     check: Made = None,
     repair: Made = None,
@@ -45,6 +50,7 @@ def index(
       twofold index captions.csv --model runs/b --out captions.index --modality text --texts gemini
       twofold index photos/ --model runs/b --out photos.index --ray auto        # embeds on a Ray cluster
       srun -n 8 twofold index photos/ --model runs/b --out photos.index --part auto
+      twofold index photos/ --model runs/b --out photos.index --store chroma:http://localhost:8000
       twofold index --check photos.index
       twofold index --duplicates photos.index --csv twice.csv
       twofold index --corrected photos.index
@@ -60,6 +66,9 @@ def index(
         part: embed this part of the source only, 0/8 to 7/8 or what torchrun and SLURM say (auto), and make no index:
             when all parts are done, the same command without --part makes it
         ray: embed on this Ray cluster: local, auto or ray://host:10001; machines share the folders
+        store: what answers searches: chroma (embedded, the default), exact (every vector), chroma:URL (a server),
+            qdrant:URL; the index remembers it, and another one is filled from its vectors
+        hnsw: settings of its graph: max_neighbors (16), ef_construction (100), ef_search (100)
         on_error: what to do with a picture that cannot be read
         check: hold the parts of this index against each other; changes nothing
         repair: mend this index: embed what is lost again, drop what is gone, make its store anew
@@ -95,6 +104,7 @@ def index(
         from twofold.retrieve.index import index
         from twofold.retrieve.text_embedders import text_embedder
 
+        kept = _kept(store, hnsw, out)
         with Line("embed", unit="items", quiet=json) as line:
             built = index(
                 source,
@@ -104,6 +114,7 @@ def index(
                 existing=existing,
                 on_error=on_error,
                 texts=text_embedder(texts, say=_say) if texts not in (None, "none") else texts,
+                store=kept,
                 progress=line.update,
             )
         if json:
@@ -170,6 +181,22 @@ def _on_ray(
             open_source(source), model, out,
             address=address, existing=existing, modality=modality, on_error=on_error, progress=line.update,
         )  # fmt: skip
+
+
+def _kept(store: str | None, hnsw: tuple[str, ...], out: Path) -> "Kept | None":
+    """The store that is asked for; with settings alone, that of the index with these settings."""
+    from twofold.errors import UsageError
+    from twofold.retrieve.engines import Kept
+    from twofold.retrieve.index import read_head
+
+    if store is None and not hnsw:
+        return None
+    if store is None:
+        store = read_head(out).store.engine if (out / "index.json").exists() else "chroma"
+    try:
+        return Kept(store, {name: int(value) for name, value in assigned("hnsw", hnsw).items()})
+    except ValueError:
+        raise UsageError(f"--hnsw takes whole numbers, such as ef_search=200; got {' '.join(hnsw)}.") from None
 
 
 def _say(words: str) -> None:

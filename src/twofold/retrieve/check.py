@@ -20,7 +20,7 @@ from twofold.retrieve.index import (
     read_head,
     read_items,
     rows_of,
-    store_folder,
+    store_name,
 )
 from twofold.retrieve.spaces import Row, Space
 
@@ -166,11 +166,11 @@ def _store(
     path: Path, head: Head, space: Space, rows: dict[str, Row], sound: dict[str, Row], vectors: Vectors, tried: int
 ) -> list[Finding]:
     """What a space's store lacks, has too much, or holds otherwise than the list and the vectors say."""
-    folder, them = store_folder(path, head, space), space.name
+    name, them = store_name(head, space), space.name
     try:
         store = open_store(path, head, space)
     except StoreError as error:
-        return [Finding("store", [f"chroma/{folder.name}"], str(error), them)]
+        return [Finding("store", [f"{head.store.engine} {name}"], str(error), them)]
     try:
         held = set(store.ids())
         both = [name for name in sound if name in held]
@@ -189,7 +189,7 @@ def _store(
             if not hits or hits[0].score < 1 - 1e-4:
                 unfound.append(name)
     except StoreError as error:
-        return [Finding("store", [f"chroma/{folder.name}"], str(error), them)]
+        return [Finding("store", [f"{head.store.engine} {name}"], str(error), them)]
     finally:
         store.close()
     return [

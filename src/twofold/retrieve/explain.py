@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from twofold.errors import StoreError
 from twofold.retrieve.index import Index
-from twofold.retrieve.store import ChromaStore, Hit
+from twofold.retrieve.store import Hit
 
 QUERIES = 100
 
@@ -60,10 +60,9 @@ def explain(index: Index, *, queries: int = QUERIES, k: int = 10, seed: int = 0)
     shares = [
         sum(hit.score >= best[-1].score - 1e-6 for hit in hits) / k for hits, best in zip(found, right, strict=True)
     ]
-    chroma = isinstance(index.store, ChromaStore)
     return Explained(
-        store="Chroma, embedded (HNSW)" if chroma else "every vector, in memory",
-        parameters=index.store.parameters if isinstance(index.store, ChromaStore) else {},
+        store=index.head.store.described,
+        parameters=index.store.parameters,
         items=len(index.store),
         dim=index.head.dim,
         fingerprint=index.head.fingerprint,

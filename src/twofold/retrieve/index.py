@@ -25,7 +25,7 @@ import sqlite3
 import time
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -42,16 +42,17 @@ from twofold.measure.layout import layout
 from twofold.models.bundle import Bundle, kept_meta
 from twofold.models.encoders import TextEncoder, fingerprint
 from twofold.retrieve.corrected import keep_answers
+from twofold.retrieve.engines import Engine, Kept, engine
 from twofold.retrieve.fusion import FUSION, Fusion
 from twofold.retrieve.retriever import Picture, Retriever
 from twofold.retrieve.spaces import Row, Space, TextSpace, text_rows, texts_of
-from twofold.retrieve.store import ChromaStore, Claim, ExactStore, Hit, Scalar, Store, Where, scalars
+from twofold.retrieve.store import Claim, ExactStore, Hit, Scalar, Store, Where, scalars
 from twofold.retrieve.text_embedders import LocalEmbedder, TextEmbedder, text_embedder
 
 THUMBNAIL = 320  # pixels of the longer side
 CHUNK = 8192  # items whose vectors are in memory at once
 ENTRIES = {
-    *("index.json", "model", "vectors", "items", "chroma", "thumbs", "map", "twofold.lock"),
+    *("index.json", "model", "vectors", "items", "chroma", "exact", "thumbs", "map", "twofold.lock"),
     *("feedback.jsonl", "corrected.json", "fusion.json"),
 }
 
@@ -72,6 +73,8 @@ class Head:
     built: str  # when the snapshot was made
     format: int = 1
     texts: Space | None = None  # of the items' texts, where there is one
+    store: Kept = field(default_factory=Kept)  # what answers searches
+    id: str = ""  # by which its stores are told from others on a server
 
     @property
     def spaces(self) -> list[Space]:
@@ -186,6 +189,7 @@ class Index:
         on_error: OnError = "skip",
         existing: Existing = "keep",
         texts: str | TextEmbedder | None = None,
+        store: Kept | None = None,
         progress: Progress | None = None,
     ) -> Built:
         """Make the index `out` of a source, or bring it up to date; only new contents are embedded.
@@ -197,12 +201,13 @@ class Index:
 
         `texts` embeds the items' texts into a space of their own, which answers words, too: a text embedder or its
         name, or "none". Without it, an index goes on as it is, and a new one takes "minilm" if its source has texts.
+        `store` is what answers searches (see `engines`); an index remembers it, and a new one takes embedded Chroma.
         """
         out = Path(out)
         if existing not in ("keep", "prune", "replace"):
             raise unknown("choice of existing", existing, ("keep", "prune", "replace"))
         with claimed(out):
-            was, head = begun(source, bundle, out, modality, existing)
+            was, head = begun(source, bundle, out, modality, existing, store)
             modality = head.modality
             kept = was if existing != "replace" else None
             embedder = _embedder(out, texts, kept, source)
@@ -227,7 +232,7 @@ class Index:
                 new = {name: item._replace(texts=texts_of_source.get(name, item.texts)) for name, item in new.items()}
                 made = _embed_texts(out, embedder, new, progress)
                 head = replace(head, texts=_text_space(embedder, new))
-            if was and new == old and head.texts == was.texts and _healthy(out, was, old):
+            if was and new == old and (head.texts, head.store) == (was.texts, was.store) and _healthy(out, was, old):
                 head = replace(head, snapshot=was.snapshot, built=was.built)
             else:
                 _write_snapshot(out, head, new, was, old)
@@ -251,9 +256,12 @@ class Index:
         *,
         source: Source | None = None,
         without: Collection[str] = (),
+        store: Kept | None = None,
         progress: Progress | None = None,
     ) -> list[str]:
-        """Make the Chroma store of an index again from its vectors, `without` some items; the ids that it lost.
+        """Make the store of an index again from its vectors, `without` some items; the ids that it lost.
+
+        With `store` in another engine, or with other settings.
 
         A content whose vector is lost is embedded again where `source` has its item, and is dropped where `source` has
         it no more. Without `source` a lost vector is an error.
@@ -279,7 +287,7 @@ class Index:
                 items = {name: item for name, item in items.items() if item.key in vectors}
             if not items:
                 raise StoreError(f"Nothing of {path} would be left. Delete it, or bring back {head.source}.")
-            new = replace(head, snapshot=_next_snapshot(head), built=_now())
+            new = replace(head, snapshot=_next_snapshot(head), built=_now(), store=store or head.store, id=_id(head))
             if head.texts is not None:
                 kept_texts = Vectors(path / "vectors", head.texts.fingerprint, head.texts.dim)
                 kept_texts.drop(kept_texts.broken([content_key(text) for text in _all_texts(items)]))
@@ -300,13 +308,22 @@ def index(
     existing: Existing = "keep",
     texts: str | TextEmbedder | None = None,
     modality: Modality | None = None,
+    store: Kept | None = None,
     progress: Progress | None = None,
 ) -> Built:
     """Make a folder searchable, or bring its index up to date: `Index.build` by the names of things."""
     opened = source if isinstance(source, Source) else open_source(source)
     bundle = model if isinstance(model, Bundle) else Bundle.load(Path(model))
     return Index.build(
-        opened, bundle, out, modality=modality, on_error=on_error, existing=existing, texts=texts, progress=progress
+        opened,
+        bundle,
+        out,
+        modality=modality,
+        on_error=on_error,
+        existing=existing,
+        texts=texts,
+        store=store,
+        progress=progress,
     )
 
 
@@ -518,14 +535,14 @@ def _room(path: Path) -> bool:
 
 
 def begun(
-    source: Source, bundle: Bundle, path: Path, modality: Modality | None, existing: Existing
+    source: Source, bundle: Bundle, path: Path, modality: Modality | None, existing: Existing, store: Kept | None = None
 ) -> tuple[Head | None, Head]:
     """What index.json says, if there is an index, and what it shall say; refuses another model's vectors among its own.
 
     Items go by the column `modality`, by that of the index, or by the source's first that the bundle has a tower for.
     """
     was = read_head(path) if (path / "index.json").exists() else None
-    head = _new_head(source, bundle, modality or (was.modality if was else _first(source, bundle)), was)
+    head = _new_head(source, bundle, modality or (was.modality if was else _first(source, bundle)), was, store)
     if was and existing != "replace":
         if was.modality != head.modality:
             raise UsageError(f"{path} is an index of {was.modality}s; make that of {head.modality}s in another folder.")
@@ -534,7 +551,7 @@ def begun(
     return was, head
 
 
-def _new_head(source: Source, bundle: Bundle, modality: Modality, was: Head | None) -> Head:
+def _new_head(source: Source, bundle: Bundle, modality: Modality, was: Head | None, store: Kept | None) -> Head:
     return Head(
         fingerprint=bundle.tower_fingerprint(modality),
         bundle=bundle.fingerprint,
@@ -543,7 +560,13 @@ def _new_head(source: Source, bundle: Bundle, modality: Modality, was: Head | No
         snapshot=_next_snapshot(was),
         source=source.name,
         built=_now(),
+        store=store or (was.store if was else Kept()),
+        id=_id(was),
     )
+
+
+def _id(head: Head | None) -> str:
+    return (head.id if head else "") or secrets.token_hex(6)
 
 
 def _next_snapshot(head: Head | None) -> str:
@@ -557,7 +580,8 @@ def _now() -> str:
 def read_head(path: Path) -> Head:
     try:
         said = json.loads((path / "index.json").read_text())
-        head = Head(**{**said, "texts": Space(**said["texts"]) if said.get("texts") else None})
+        texts = Space(**said["texts"]) if said.get("texts") else None
+        head = Head(**{**said, "texts": texts, "store": Kept(**said.get("store", {}))})
     except FileNotFoundError:
         raise StoreError(
             f"{path} is no index: it has no index.json. `twofold index SOURCE --model MODEL --out {path}` makes one."
@@ -605,13 +629,17 @@ def rows_of(space: Space, items: dict[str, Item]) -> dict[str, Row]:
     return {id: row for name, item in items.items() for id, row in text_rows(name, item.texts, item.meta).items()}
 
 
-def store_folder(path: Path, head: Head, space: Space) -> Path:
-    return path / "chroma" / (head.snapshot if space.name == "items" else f"{head.snapshot}-{space.name}")
+def store_name(head: Head, space: Space) -> str:
+    return head.snapshot if space.name == "items" else f"{head.snapshot}-{space.name}"
 
 
-def open_store(path: Path, head: Head, space: Space, *, write: bool = False) -> ChromaStore:
-    folder = store_folder(path, head, space)
-    return ChromaStore(folder, fingerprint=space.fingerprint, dim=space.dim, write=write)
+def engine_of(path: Path, head: Head) -> Engine:
+    return engine(head.store, path, head.id)
+
+
+def open_store(path: Path, head: Head, space: Space, *, write: bool = False) -> Store:
+    name = store_name(head, space)
+    return engine_of(path, head).open(name, fingerprint=space.fingerprint, dim=space.dim, write=write)
 
 
 def _exact(path: Path, space: Space, items: dict[str, Item]) -> ExactStore:
@@ -671,8 +699,8 @@ def _write_snapshot(path: Path, head: Head, items: dict[str, Item], was: Head | 
     if was is None or 2 * same < len(old):
         old = {}
     for space in head.spaces:
-        folder = store_folder(path, head, space)
-        shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
+        stores, name = engine_of(path, head), store_name(head, space)
+        stores.drop(name)  # of a build that was killed
         vectors = Vectors(path / "vectors", space.fingerprint, space.dim)
         rows, held = rows_of(space, items), {}
         if (
@@ -682,31 +710,22 @@ def _write_snapshot(path: Path, head: Head, items: dict[str, Item], was: Head | 
         ):
             held = rows_of(space, old)
         try:
-            if held and was is not None:
-                _copy(store_folder(path, was, space), folder)
+            if held and was is not None and not (was.store == head.store and stores.copy(store_name(was, space), name)):
+                held = {}
+                stores.drop(name)
             _fill(path, head, space, rows, vectors, held)
         except (StoreError, OSError, sqlite3.Error):
             if not held:
                 raise
-            shutil.rmtree(folder, ignore_errors=True)  # a copy of something damaged
+            stores.drop(name)  # a copy of something damaged
             _fill(path, head, space, rows, vectors, {})
     write_atomically(_items_file(path, head), lambda file: _write_items(file, items))
-
-
-def _copy(store: Path, to: Path) -> None:
-    """A copy of a Chroma folder, whole even if a reader opens it at this moment, which makes Chroma write a little."""
-    shutil.copytree(store, to, ignore=shutil.ignore_patterns("chroma.sqlite3*"))
-    with (
-        contextlib.closing(sqlite3.connect(store / "chroma.sqlite3")) as database,
-        contextlib.closing(sqlite3.connect(to / "chroma.sqlite3")) as copy,
-    ):
-        database.backup(copy)
 
 
 def _fill(path: Path, head: Head, space: Space, rows: dict[str, Row], vectors: Vectors, old: dict[str, Row]) -> None:
     with contextlib.closing(open_store(path, head, space, write=True)) as store:
         if store.ids() != sorted(old):
-            raise StoreError(f"{store.path} does not hold the items that it should.")
+            raise StoreError(f"The store {store_name(head, space)} does not hold the items that it should.")
         store.delete([name for name in old if name not in rows])
         todo = [name for name, row in rows.items() if old.get(name) != row]
         for start in range(0, len(todo), CHUNK):
@@ -721,14 +740,15 @@ def _publish(path: Path, head: Head, bundle: Bundle | None, was: Head | None) ->
     if head != was:
         text = json.dumps(asdict(head), indent=2) + "\n"
         write_atomically(path / "index.json", lambda file: file.write_text(text))
-    used = {store_folder(path, head, space) for space in head.spaces}
-    for folder in (path / "chroma").iterdir():
-        if folder not in used:
-            with contextlib.suppress(StoreError):  # somebody searches it: next time
-                claim = Claim(folder / "twofold.lock")
-                shutil.rmtree(folder)
-                claim.release()
-                (path / "items" / f"{folder.name}.jsonl").unlink(missing_ok=True)
+    used = [store_name(head, space) for space in head.spaces]
+    before = [store_name(was, space) for space in was.spaces] if was else []
+    kept = engine_of(path, head).sweep(used, before)
+    for other in {Kept("chroma"), Kept("exact"), was.store if was else head.store}:
+        if other.engine != head.store.engine:
+            kept += engine_of(path, replace(head, store=other)).sweep(())
+    for file in (path / "items").glob("*.jsonl"):
+        if file.stem not in (head.snapshot, *kept):
+            file.unlink(missing_ok=True)
     prints = {space.fingerprint for space in head.spaces}
     for folder in (path / "vectors").iterdir():
         if folder.name not in prints:

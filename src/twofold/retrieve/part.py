@@ -1,6 +1,7 @@
 """Some of an index's items, searched alone: what was chosen on the map."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -39,6 +40,10 @@ class Part:
 
     def delete(self, ids: Sequence[str]) -> None:
         raise StoreError("A part of a store is read only; change the whole.")
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return self.whole.parameters
 
     def close(self) -> None:
         pass

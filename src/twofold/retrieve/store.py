@@ -1,7 +1,8 @@
 """Stores: named vectors with a few scalars each, and the nearest ones to a query.
 
-`Store` says what a store can do; `ExactStore` does it by comparing with every vector, `ChromaStore` with an
-embedded Chroma on disk. Both answer alike: cosine scores, best first, equal scores by id, the same filters.
+`Store` says what a store can do; `ExactStore` does it by comparing with every vector, `ChromaStore` with an embedded
+Chroma on disk, `ChromaServerStore` with a server, `QdrantStore` (in `qdrant.py`) with another, which may be a cluster.
+All answer alike: cosine scores, best first, equal scores by id, the same filters.
 
 A filter (`where`) names columns and the values they may have (see `filters`):
 `{"group": "food-drink", "year": {"$in": [2024, 2025]}}`.
@@ -11,15 +12,17 @@ import contextlib
 import json
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 from jaxtyping import Float
 
+from twofold.data.atomic import write_atomically
 from twofold.errors import FingerprintMismatch, StoreError, UsageError
-from twofold.retrieve.filters import Rule, Scalar, Where, compiled, for_chroma, is_column, matches
+from twofold.retrieve.filters import All, Rule, Scalar, Some, Where, compiled, for_chroma, is_column
 
 Via = Literal["both", "items", "texts"]
 VIAS: tuple[Via, ...] = ("both", "items", "texts")
@@ -75,41 +78,69 @@ class Store(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """How it was told to search, for whoever wants to know."""
+
     def close(self) -> None:
         """Let go of files and locks."""
 
 
 class ExactStore:
-    """Every vector in memory, compared with every query: the reference, and fast up to some 10⁵ items."""
+    """Every vector compared with every query: the reference, and fast up to some 10⁵ items, faster with a filter.
 
-    def __init__(self, *, fingerprint: str, dim: int):
+    In memory; or with `path` in a folder, whose matrix is mapped, so that opening it reads little and several
+    processes share it. Of a folder many may read or one may write (`write=True`); what it wrote counts once closed.
+    """
+
+    def __init__(self, *, fingerprint: str, dim: int, path: Path | None = None, write: bool = False):
         self.fingerprint, self.dim = fingerprint, dim
         self._row: dict[str, int] = {}  # id → row of the matrix; in row order
-        self._matrix = np.empty((0, dim), np.float32)
+        self._matrix = np.empty((0, dim), np.float32)  # its first rows are in use, the rest is room to grow
         self._meta: list[dict[str, Scalar]] = []
+        self._columns: dict[str, tuple[np.ndarray, list]] = {}  # of filters: which value each row has, and the values
+        self._folder = None if path is None else MatrixFolder(path, fingerprint=fingerprint, dim=dim, write=write)
+        if self._folder is not None:
+            names, self._meta, self._matrix = self._folder.read()
+            self._row = {name: row for row, name in enumerate(names)}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"numbers": "float32", "kept": "in memory" if self._folder is None else "memory-mapped"}
 
     def upsert(self, ids: Sequence[str], vectors: Float[np.ndarray, "n d"], meta: Sequence[Mapping]) -> None:
+        self._check_writable()
         vectors, meta = _checked(ids, vectors, meta, self.dim)
+        self._columns = {}
         new = [i for i, name in enumerate(ids) if name not in self._row]
+        rows = len(self._meta) + len(new)
+        if rows > len(self._matrix):
+            grown = max(rows, 3 * len(self._matrix) // 2)
+            self._matrix = _grown(self._matrix, grown) if self._folder is None else self._folder.grown(grown)
         self._row.update((ids[i], len(self._meta) + n) for n, i in enumerate(new))
-        self._matrix = np.concatenate([self._matrix, vectors[new]])
         self._meta += [meta[i] for i in new]
         for i, name in enumerate(ids):
             self._matrix[self._row[name]], self._meta[self._row[name]] = vectors[i], meta[i]
 
     def delete(self, ids: Sequence[str]) -> None:
+        self._check_writable()
+        self._columns = {}
         gone = set(ids)
         kept = {name: row for name, row in self._row.items() if name not in gone}
-        rows = list(kept.values())
-        self._matrix, self._meta = self._matrix[rows], [self._meta[row] for row in rows]
-        self._row = {name: row for row, name in enumerate(kept)}
+        if len(kept) < len(self._row):
+            rows = list(kept.values())
+            self._matrix[: len(rows)] = self._matrix[rows]
+            self._meta = [self._meta[row] for row in rows]
+            self._row = {name: row for row, name in enumerate(kept)}
 
     def query(self, vector: Float[np.ndarray, "d"], k: int, where: Where | None = None) -> list[Hit]:
         unit, wanted = _checked_query(vector, k, where, self.dim)
-        names = list(self._row)
-        rows = np.array([r for r in range(len(names)) if matches(wanted, self._meta[r])], dtype=np.intp)
-        # All rows at once where nothing is filtered: indexing would copy the matrix.
-        scores = (self._matrix if len(rows) == len(names) else self._matrix[rows]) @ unit
+        names, matrix = list(self._row), self._matrix[: len(self._meta)]
+        if wanted == All():  # without indexing, which would copy the matrix
+            rows, scores = np.arange(len(names)), matrix @ unit
+        else:
+            rows = np.flatnonzero(self._mask(wanted))
+            scores = matrix[rows] @ unit
         scores = np.round(scores.astype(np.float64), 6)
         if k < len(rows):
             best = scores >= np.partition(scores, -k)[-k]  # with every tie of the k-th, for ids to decide
@@ -117,9 +148,23 @@ class ExactStore:
         hits = (_hit(names[r], s, self._meta[r]) for r, s in zip(rows, scores, strict=True))
         return sorted(hits, key=_rank)[:k]
 
+    def _mask(self, rule: Rule) -> np.ndarray:
+        """Which rows a filter accepts; it is asked once for each different value of a column, not for each row."""
+        if isinstance(rule, All | Some):
+            join = np.logical_and if isinstance(rule, All) else np.logical_or
+            masks = [self._mask(one) for one in rule.rules]
+            return join.reduce(masks) if masks else np.full(len(self._meta), isinstance(rule, All))
+        if rule.column not in self._columns:
+            known: dict[tuple[type, object], int] = {}
+            values = [meta.get(rule.column) for meta in self._meta]
+            codes = [known.setdefault((type(value), value), len(known)) for value in values]
+            self._columns[rule.column] = np.array(codes, np.intp), [value for _, value in known]
+        at, distinct = self._columns[rule.column]
+        return np.array([rule.accepts(value) for value in distinct], bool)[at]
+
     def vectors(self, ids: Sequence[str]) -> Float[np.ndarray, "n d"]:
         _all_known(ids, self._row)
-        return self._matrix[[self._row[name] for name in ids]]
+        return np.array(self._matrix[[self._row[name] for name in ids]])
 
     def meta(self, ids: Sequence[str]) -> list[dict[str, Scalar]]:
         _all_known(ids, self._row)
@@ -132,90 +177,46 @@ class ExactStore:
         return len(self._row)
 
     def close(self) -> None:
-        pass
+        if self._folder is not None:
+            self._folder.close(list(self._row), self._meta)
+
+    def _check_writable(self) -> None:
+        if self._folder is not None and not self._folder.write:
+            raise StoreError(f"{self._folder.path} was opened for reading; open it with write=True to change it.")
 
 
-class ChromaStore:
-    """A folder with an embedded Chroma: approximate (HNSW), on disk, opened without a server.
+def _grown(matrix: Float[np.ndarray, "n d"], rows: int) -> Float[np.ndarray, "m d"]:
+    grown = np.empty((rows, matrix.shape[1]), np.float32)
+    grown[: len(matrix)] = matrix
+    return grown
 
-    Many may read it or one may write it (`write=True`), and a lock file refuses the rest: Chroma loses vectors
-    without an error where two processes write, and where one searches what another has changed meanwhile.
-    """
 
-    def __init__(self, path: Path, *, fingerprint: str, dim: int, write: bool = False):
-        self.path, self.fingerprint, self.dim = Path(path).resolve(), fingerprint, dim
-        exists = (self.path / "chroma.sqlite3").is_file()
-        if not (write or exists):  # Chroma would make an empty one
-            raise StoreError(f"There is no Chroma store in {self.path}: it holds no chroma.sqlite3.")
-        with contextlib.ExitStack() as undo:
-            self.path.mkdir(parents=True, exist_ok=True)
-            undo.callback(Claim(self.path / "twofold.lock", shared=not write).release)
-            self._check_files()
-            self._client, self._items = self._connect(write)
-            if write:
-                self._sizes.unlink(missing_ok=True)
-                undo.callback(lambda: self._sizes.write_text(json.dumps(self._file_sizes())))
-            undo.callback(self._client.close)
-            self._check_encoder()
-            self._close = undo.pop_all().close
-        self._write = write
+class _Chroma:
+    """What is alike for a Chroma in a folder and one behind a URL: a collection that is filled and asked."""
 
-    @property
-    def _sizes(self) -> Path:
-        """Written when a writer is done: how large the files of Chroma's search index are."""
-        return self.path / "sizes.json"
+    remedy = "If the folder is damaged, delete it and fill it again."
 
-    def _file_sizes(self) -> dict[str, int]:
-        # Up to 1,000 items Chroma has no index on disk; it makes one from its log, and idle files, at each opening.
-        folders = [pickle.parent for pickle in self.path.glob("*/index_metadata.pickle")]
-        return {str(file.relative_to(self.path)): file.stat().st_size for one in folders for file in one.iterdir()}
+    def __init__(self, place: str, fingerprint: str, dim: int, *, write: bool):
+        self.place, self.fingerprint, self.dim, self._write = place, fingerprint, dim, write
+        self._client: Any = None
+        self._items: Any = None
+        self._close: Callable[[], object]
 
-    def _check_files(self) -> None:
-        """A search index cut short (full disk, broken copy) would take the whole process down when searched."""
-        if self._sizes.exists() and json.loads(self._sizes.read_text()) != self._file_sizes():
-            raise StoreError(
-                f"{self.path} is damaged: the files of its search index are not as they were written. "
-                "Delete it and fill it again."
-            )
-
-    def _connect(self, write: bool) -> tuple[Any, Any]:
-        import chromadb
-        from chromadb.api.shared_system_client import SharedSystemClient
-        from chromadb.config import Settings
-
-        try:
-            with self._doing("open"):
-                settings = Settings(anonymized_telemetry=False)
-                client: Any = chromadb.PersistentClient(self.path, settings=settings)
-        except StoreError:
-            # Chroma keeps what failed to open and hands it out again, even for a folder mended since.
-            SharedSystemClient._identifier_to_system.pop(str(self.path), None)
-            raise
-        with self._doing("open"), contextlib.ExitStack() as undo:
-            undo.callback(client.close)
-            if write:
-                items = client.get_or_create_collection(
-                    "items",
-                    embedding_function=None,  # else Chroma fetches a model of its own
-                    configuration={"hnsw": {"space": "cosine"}},  # its default is squared distance
-                    metadata={"fingerprint": self.fingerprint, "dim": self.dim},  # an existing one keeps its own
-                )
-            else:
-                items = client.get_collection("items", embedding_function=None)
-            # With its HNSW files gone or damaged, Chroma still opens and counts, and may search what is left.
-            items.get(limit=1, include=["embeddings"])
-            undo.pop_all()
-        return client, items
+    def _collection(self, client: Any, name: str, hnsw: Mapping[str, int] | None) -> Any:
+        if not self._write:
+            return client.get_collection(name, embedding_function=None)
+        return client.get_or_create_collection(
+            name,
+            embedding_function=None,  # else Chroma fetches a model of its own
+            configuration={"hnsw": {"space": "cosine", **(hnsw or {})}},  # its default is squared distance
+            metadata={"fingerprint": self.fingerprint, "dim": self.dim},  # an existing one keeps its own
+        )
 
     def _check_encoder(self) -> None:
         """Chroma itself would take the vectors of any checkpoint."""
-        held = self._items.metadata or {}
-        if (held.get("fingerprint"), held.get("dim")) != (self.fingerprint, self.dim):
-            raise FingerprintMismatch(
-                f"{self.path} holds vectors [{held.get('dim')}] of encoder {held.get('fingerprint')}, not "
-                f"[{self.dim}] of {self.fingerprint}; a score between the two would mean nothing. Open it with the "
-                "model that filled it, or embed the items with this model into a new folder."
-            )
+        held, wanted = self._items.metadata or {}, {"fingerprint": self.fingerprint, "dim": self.dim}
+        if any(held.get(name) != value for name, value in wanted.items()):
+            raise _other_encoder(self.place, held, wanted)
 
     def upsert(self, ids: Sequence[str], vectors: Float[np.ndarray, "n d"], meta: Sequence[Mapping]) -> None:
         self._check_writable()
@@ -295,17 +296,200 @@ class ChromaStore:
 
     def _check_writable(self) -> None:
         if not self._write:
-            raise StoreError(f"{self.path} was opened for reading; open it with write=True to change it.")
+            raise StoreError(f"{self.place} was opened for reading; open it with write=True to change it.")
 
     @contextlib.contextmanager
     def _doing(self, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
+            raise StoreError(f"Chroma could not {what} in {self.place}: {_named(error)}. {self.remedy}") from error
+
+
+class ChromaStore(_Chroma):
+    """A folder with an embedded Chroma: approximate (HNSW), on disk, opened without a server.
+
+    Many may read it or one may write it (`write=True`), and a lock file refuses the rest: Chroma loses vectors
+    without an error where two processes write, and where one searches what another has changed meanwhile.
+    """
+
+    def __init__(
+        self, path: Path, *, fingerprint: str, dim: int, write: bool = False, hnsw: Mapping[str, int] | None = None
+    ):
+        self.path = Path(path).resolve()
+        super().__init__(str(self.path), fingerprint, dim, write=write)
+        exists = (self.path / "chroma.sqlite3").is_file()
+        if not (write or exists):  # Chroma would make an empty one
+            raise StoreError(f"There is no Chroma store in {self.path}: it holds no chroma.sqlite3.")
+        with contextlib.ExitStack() as undo:
+            self.path.mkdir(parents=True, exist_ok=True)
+            undo.callback(Claim(self.path / "twofold.lock", shared=not write).release)
+            self._check_files()
+            self._client, self._items = self._connect(hnsw)
+            if write:
+                self._sizes.unlink(missing_ok=True)
+                undo.callback(lambda: self._sizes.write_text(json.dumps(self._file_sizes())))
+            undo.callback(self._client.close)
+            self._check_encoder()
+            self._close = undo.pop_all().close
+
+    @property
+    def _sizes(self) -> Path:
+        """Written when a writer is done: how large the files of Chroma's search index are."""
+        return self.path / "sizes.json"
+
+    def _file_sizes(self) -> dict[str, int]:
+        # Up to 1,000 items Chroma has no index on disk; it makes one from its log, and idle files, at each opening.
+        folders = [pickle.parent for pickle in self.path.glob("*/index_metadata.pickle")]
+        return {str(file.relative_to(self.path)): file.stat().st_size for one in folders for file in one.iterdir()}
+
+    def _check_files(self) -> None:
+        """A search index cut short (full disk, broken copy) would take the whole process down when searched."""
+        if self._sizes.exists() and json.loads(self._sizes.read_text()) != self._file_sizes():
             raise StoreError(
-                f"Chroma could not {what} in {self.path}: {type(error).__name__}: {error}. If the folder is "
-                "damaged, delete it and fill it again."
-            ) from error
+                f"{self.path} is damaged: the files of its search index are not as they were written. "
+                "Delete it and fill it again."
+            )
+
+    def _connect(self, hnsw: Mapping[str, int] | None) -> tuple[Any, Any]:
+        import chromadb
+        from chromadb.api.shared_system_client import SharedSystemClient
+        from chromadb.config import Settings
+
+        try:
+            with self._doing("open"):
+                settings = Settings(anonymized_telemetry=False)
+                client: Any = chromadb.PersistentClient(self.path, settings=settings)
+        except StoreError:
+            # Chroma keeps what failed to open and hands it out again, even for a folder mended since.
+            SharedSystemClient._identifier_to_system.pop(str(self.path), None)
+            raise
+        with self._doing("open"), contextlib.ExitStack() as undo:
+            undo.callback(client.close)
+            items = self._collection(client, "items", hnsw)
+            # With its HNSW files gone or damaged, Chroma still opens and counts, and may search what is left.
+            items.get(limit=1, include=["embeddings"])
+            undo.pop_all()
+        return client, items
+
+
+class ChromaServerStore(_Chroma):
+    """A collection of a Chroma server (`chroma run`) at a URL: several machines may search it while one writes.
+
+    The server keeps order between its clients, so there is no lock here; an index has one of its own for writing.
+    """
+
+    remedy = "Is the server running there (`chroma run --host HOST --port PORT`)?"
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        *,
+        fingerprint: str,
+        dim: int,
+        write: bool = False,
+        hnsw: Mapping[str, int] | None = None,
+    ):
+        super().__init__(f"{url}, collection {name}", fingerprint, dim, write=write)
+        with contextlib.ExitStack() as undo:
+            with self._doing("connect"):
+                self._client = undo.enter_context(chroma_client(url))
+                self._items = self._collection(self._client, name, hnsw)
+            self._check_encoder()
+            self._close = undo.pop_all().close
+
+
+@contextlib.contextmanager
+def chroma_client(url: str) -> Iterator[Any]:
+    """A connection to a Chroma server, closed at the end."""
+    import chromadb
+    from chromadb.config import Settings
+
+    address = urlsplit(url)
+    secure = address.scheme == "https"
+    client: Any = chromadb.HttpClient(
+        address.hostname or "",
+        address.port or (443 if secure else 80),
+        ssl=secure,
+        settings=Settings(anonymized_telemetry=False),
+    )
+    try:
+        yield client
+    finally:
+        # `close` leaves the connections of the client, and of the one that it made for itself, to the garbage collector
+        for one in (client, client._admin_client):
+            one._server._session.close()
+        client.close()
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(".")
+
+
+class MatrixFolder:
+    """Where an `ExactStore` lies on disk: `vectors.f32`, and `rows.json`, which is there once the two are whole."""
+
+    def __init__(self, path: Path, *, fingerprint: str, dim: int, write: bool):
+        self.path, self.write = Path(path).resolve(), write
+        self._mark: dict[str, Scalar] = {"fingerprint": fingerprint, "dim": dim}
+        self._vectors, self._rows = self.path / "vectors.f32", self.path / "rows.json"
+        if not (write or self._rows.is_file()):
+            raise StoreError(f"There is no whole store in {self.path}: it holds no rows.json.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(self.path / "twofold.lock", shared=not write)
+
+    def read(self) -> tuple[list[str], list[dict[str, Scalar]], Float[np.ndarray, "n d"]]:
+        """Ids, columns and the mapped matrix; while it is written to, `rows.json` is away."""
+        dim = int(self._mark["dim"])
+        if not self._rows.exists():
+            return [], [], np.empty((0, dim), np.float32)
+        try:
+            held = json.loads(self._rows.read_text())
+            names, meta, mark = held["ids"], held["meta"], {name: held[name] for name in self._mark}
+            size = self._vectors.stat().st_size
+            if (mark == self._mark and size != 4 * dim * len(names)) or len(names) != len(meta):
+                raise ValueError(f"{self._vectors.name} has {size} bytes for {len(names)} items")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._claim.release()
+            raise StoreError(f"{self.path} is damaged ({error}). Delete it and fill it again.") from error
+        if mark != self._mark:
+            self._claim.release()
+            raise _other_encoder(str(self.path), mark, self._mark)
+        if self.write:
+            self._rows.unlink()
+        return names, meta, self._mapped(len(names))
+
+    def grown(self, rows: int) -> Float[np.ndarray, "m d"]:
+        """The matrix with room for so many rows."""
+        with open(self._vectors, "ab") as file:
+            file.truncate(4 * int(self._mark["dim"]) * rows)
+        return self._mapped(rows)
+
+    def _mapped(self, rows: int) -> Float[np.ndarray, "n d"]:
+        dim = int(self._mark["dim"])
+        if not rows:  # an empty file cannot be mapped
+            return np.empty((0, dim), np.float32)
+        return np.memmap(self._vectors, np.float32, "r+" if self.write else "r", shape=(rows, dim))
+
+    def close(self, names: list[str], meta: list[dict[str, Scalar]]) -> None:
+        """Write down what the rows are, where this was the writer, and let go of the folder."""
+        if self.write:
+            with open(self._vectors, "ab") as file:
+                file.truncate(4 * int(self._mark["dim"]) * len(names))
+                os.fsync(file.fileno())
+            text = json.dumps({**self._mark, "ids": names, "meta": meta}, ensure_ascii=False)
+            write_atomically(self._rows, lambda path: path.write_text(text))
+            self.write = False
+        self._claim.release()
+
+
+def _other_encoder(place: str, held: Mapping, wanted: Mapping) -> FingerprintMismatch:
+    return FingerprintMismatch(
+        f"{place} holds vectors [{held.get('dim')}] of encoder {held.get('fingerprint')}, not [{wanted['dim']}] of "
+        f"{wanted['fingerprint']}; a score between the two would mean nothing. Open it with the model that filled it, "
+        "or embed the items with this model into a new folder."
+    )
 
 
 class Claim:
