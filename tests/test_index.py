@@ -24,8 +24,6 @@ from twofold.retrieve.engines import Kept
 from twofold.retrieve.explain import explain
 from twofold.retrieve.index import Built, Index, index, search
 from twofold.retrieve.store import Claim
-    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
-)
 
 
 def make_bundle(seed: int = 0, *, text: bool = False) -> Bundle:

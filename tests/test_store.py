@@ -23,8 +23,6 @@ from twofold.errors import FingerprintMismatch, StoreError, UsageError
 from twofold.retrieve.filters import parse_where
 from twofold.retrieve.qdrant import QdrantStore
 from twofold.retrieve.store import ChromaServerStore, ChromaStore, ExactStore, Hit, scalars
-    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
-)
 
 STORES = {
     "exact": lambda path, dim: ExactStore(fingerprint="f", dim=dim),
