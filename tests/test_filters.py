@@ -92,7 +92,9 @@ def test_mappings_that_mean_nothing_are_refused(where):
 
 
 CONDITIONS = st.one_of(
-    st.tuples(st.sampled_from("xy"), st.sampled_from(["$gt", "$gte", "$lt", "$lte"]), st.sampled_from([0, 1, 1.5])),
+    st.tuples(
+        st.sampled_from("xy"), st.sampled_from(["$gt", "$gte", "$lt", "$lte"]), st.sampled_from([0, 1, 1.5, -0.5])
+    ),
     st.tuples(st.sampled_from("xy"), st.sampled_from(["$in", "$nin"]), st.lists(st.sampled_from([0, 1, "1", True]))),
 ).map(lambda one: {one[0]: {one[1]: one[2]}})
 TREES = st.recursive(

@@ -98,7 +98,14 @@ def columns_of(rule: Rule) -> set[str]:
 def for_chroma(rule: Rule) -> dict | bool:
     """The rule in Chroma's grammar (one column a condition, one type of value a list); True is all, False nothing."""
     if isinstance(rule, Compares):
-        return {rule.column: {rule.operator: rule.number}}
+        condition = {rule.column: {rule.operator: rule.number}}
+        if float(rule.number).is_integer():
+            return condition
+        # Chroma cuts 1.5 to 1 where it compares it with whole numbers: these get bounds of their own.
+        below = int(np.floor(rule.number))
+        reach, stop = ("$gte", "$gt") if rule.operator.startswith("$g") else ("$lte", "$lt")
+        least, limit = (below + 1, below) if reach == "$gte" else (below, below + 1)
+        return {"$and": [{"$or": [condition, {rule.column: {reach: least}}]}, {rule.column: {stop: limit}}]}
     if isinstance(rule, Has):
         lists: dict[type, list] = {}
         for _, value in rule.values:
