@@ -281,7 +281,9 @@ def test_the_exact_index_finds_the_same(out):
     exact, chroma = Index.open(out, exact=True), Index.open(out)
     found, expected = (opened.search("an animal", k=8) for opened in (chroma, exact))
     assert places(found) == places(expected)
-    assert [(hit.id, hit.score, hit.meta) for hit in found] == [(hit.id, hit.score, hit.meta) for hit in expected]
+    assert [(hit.id, hit.meta) for hit in found] == [(hit.id, hit.meta) for hit in expected]
+    # A fused score is of standardised ones, so it tells two ways of adding up apart in its sixth digit.
+    assert [hit.score for hit in found] == pytest.approx([hit.score for hit in expected], abs=1e-4)
     chroma.close()
 
 
