@@ -445,11 +445,11 @@ def test_pairs_calibrate_a_model_whose_index_then_tells_matches_from_none(captio
     assert done["way"] == "text_to_image"
     assert svg.read_text().startswith("<svg")
     told(capsys, "index", captioned, "--model", model, "--out", index)  # nothing new but what the model says of itself
-    hits, said = told(capsys, "search", index, "something blue", "--k", 3)
+    hits, said = told(capsys, "search", index, "something blue", "--k", 3, "--via", "items")
     assert all(0 < hit["probability"] < 1 for hit in hits)
     assert "ordered by nnn" in said
     assert ("no good match" in said) == (hits[0]["score"] < done["calibration"]["threshold"])
-    assert main(["search", str(index), "something blue"]) == 0
+    assert main(["search", str(index), "something blue", "--via", "items"]) == 0
     assert "%" in capsys.readouterr().out
     measured, _ = told(capsys, "evaluate", model, "--data", captioned, "--by", "half", "--zero-shot", "a {} thing")
     assert set(measured["paired"]["image_to_text"]["by"]) == {"half 0", "half 1"}

@@ -118,7 +118,7 @@ def test_minus_leads_away_from_words(retriever, bundle, items, vectors):
         ({"text": "a", "minus": ""}, UsageError, "empty"),
         ({"text": "a", "k": 0}, UsageError, "k must be at least 1"),
         ({"text": "a", "weight": 1.5}, UsageError, "weight is a share"),
-        ({"text": "a", "where": {"half": {"$lt": 1}}}, UsageError, "filter operator"),
+        ({"text": "a", "where": {"half": {"$near": 1}}}, UsageError, r"\$near"),
         ({"like": "nobody"}, StoreError, "'nobody'"),
         ({"image": "missing.png"}, DecodeError, "missing.png"),
         ({"image": b"not a picture"}, DecodeError, "picture"),

@@ -97,9 +97,9 @@ def measured_at(bundle: Bundle, seen: str, at: At) -> dict[str, Tower | Encoder]
 
 
 def stand_ins(tower: Tower) -> dict[str, Tower | Encoder]:
-    """What else could have been taken: the encoder untrained, and of pictures one with ImageNet's weights."""
+    """What else could have been taken: the encoder untrained, and of pictures in colour one with ImageNet's weights."""
     found: dict[str, Tower | Encoder] = {"untrained": _untrained(tower)}
-    if isinstance(tower.encoder, ImageEncoder):
+    if isinstance(tower.encoder, ImageEncoder) and tower.encoder.channels == 3:
         found[IMAGENET_WEIGHTS] = encoder(IMAGENET, "image").to(runtime.device())
     return found
 

@@ -26,6 +26,7 @@ from twofold.models.captioner import captioner
 from twofold.models.encoders import (
     Encoder,
     ImageEncoder,
+    Inputs,
     TextEncoder,
     encoder,
     image_encoder,
