@@ -1,12 +1,14 @@
 """Does a picture help a language model to say what people said of it? Flickr8k, a small decoder from scratch.
 
     python benchmarks/flickr8k_interleaved.py FLICKR8K/captions.csv --runs runs/interleaved
+    python benchmarks/flickr8k_interleaved.py FLICKR8K/captions.csv --pictures 40 --epochs 1 --out /tmp/a.json  # tiny
 
 A small Llama reads the 25 patches that a frozen EfficientNet-Lite0 makes of a picture of 160 pixels, and then one of
-its captions; another of the same shape, seed and number of epochs reads the captions alone. Measured on the 1,000 test
-pictures: what a token costs either of them, BLEU of what the first says against the five captions of people, and what
-its likelihoods do to the twenty pictures that two aligned towers find for a caption. How much the likelihood weighs
-there is chosen on validation pictures. What is measured is not measured again; runs that were stopped go on.
+its captions; another of the same shape and seed reads the captions alone, as many epochs, steps and captions a step.
+Measured on the 1,000 test pictures: what a token costs either of them, BLEU and CIDEr of what the first says against
+the five captions of people, and what its likelihoods do to the twenty pictures that two aligned towers find for a
+caption. How much the likelihood weighs there is chosen on validation pictures. What is measured is not measured again;
+runs that were stopped go on. Captions and a sheet of pictures with theirs are left in the folder of runs.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import json
 import math
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from twofold.data.atomic import write_atomically
 from twofold.data.documents import captioned
 from twofold.data.sources import Source, open_source
+from twofold.measure.captions import cider
 from twofold.measure.embed import embed
 from twofold.measure.likelihood import caption, reader_of
 from twofold.models.bundle import Bundle
@@ -32,7 +36,8 @@ from twofold.train.align import Recipe, align
 from twofold.train.interleave import Reading, cost, interleave, lay, without_pictures
 
 RESULTS = Path(__file__).parent / "results" / "flickr8k_interleaved.json"
-RECIPE = Reading(size=160, length=256, batch=16, epochs=4)
+RECIPE = Reading(language="llama:tiny", size=160, length=256, batch=16, epochs=4)
+BLIND = 6  # rows a step: without patches a row holds three times as many captions
 TOP = 20  # pictures that are put in another order
 WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)  # of a nat beside the towers' logit
 
@@ -42,20 +47,26 @@ def main() -> None:
     parser.add_argument("captions", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/flickr8k_interleaved"))
     parser.add_argument("--epochs", type=int, default=RECIPE.epochs)
+    parser.add_argument("--language", default=RECIPE.language, help=f"default: {RECIPE.language}")
+    parser.add_argument("--pictures", type=int, help="to learn from, and at most as many to validate and test on")
     parser.add_argument("--asked", type=int, default=1000, help="captions that are searched with")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"where the figures go (default: {RESULTS.name})")
     arguments = parser.parse_args()
     data = open_source(arguments.captions)
     train, val, test = (data.split(name) for name in ("train", "val", "test"))
-    recipe = Reading(**{**asdict(RECIPE), "epochs": arguments.epochs})
-    runs = arguments.runs
+    if arguments.pictures:
+        train, val, test = (each.take(range(min(arguments.pictures, len(each)))) for each in (train, val, test))
+    recipe = replace(RECIPE, epochs=arguments.epochs, language=arguments.language)
+    runs, file = arguments.runs, Results(arguments.out, recipe, {"train": len(train), "val": len(val)})
 
     for name, blind in (("with pictures", False), ("words alone", True)):
-        if name in _results():
+        if name in file.held:
             continue
         learned, held, tested = map(captioned, (train, val, test))
         if blind:
             learned, held, tested = map(without_pictures, (learned, held, tested))
-        done = interleave(learned, out=runs / name.replace(" ", "-"), recipe=recipe, held=held)
+        own = replace(recipe, batch=BLIND) if blind else recipe
+        done = interleave(learned, out=runs / name.replace(" ", "-"), recipe=own, held=held)
         model = reader_of(done.bundle)
         nats = cost(model, lay(model, tested, length=recipe.length).columns, batch=recipe.batch)
         row = {
@@ -65,43 +76,44 @@ def main() -> None:
             "seconds": done.run.seconds,
             "parameters": sum(p.numel() for p in model.language.parameters()),
         }
-        _write({**_results(), name: row}, recipe)
+        file.add(name, row)
         print(f"{name}: {nats:.3f} nats a token, perplexity {math.exp(nats):.1f}", flush=True)
 
     bundle = Bundle.load(runs / "with-pictures" / "bundle")
-    if "captions" not in _results():
-        _write({**_results(), "captions": _captions(bundle, train, test, runs)}, recipe)
-    if "reranking" not in _results():
+    if "captions" not in file.held:
+        file.add("captions", _captions(bundle, train, test, runs))
+    if "reranking" not in file.held:
         aligned = align(data, out=runs / "towers", recipe=Recipe()).bundle
-        found = _reranking(bundle, aligned, val, test, arguments.asked)
-        _write({**_results(), "reranking": found}, recipe)
-        print(json.dumps(found, indent=1))
+        file.add("reranking", _reranking(bundle, aligned, val, test, arguments.asked))
+        print(json.dumps(file.held["reranking"], indent=1))
 
 
 def _captions(bundle: Bundle, train: Source, test: Source, runs: Path) -> dict:
-    """BLEU-4 of captions with four beams, of the likeliest words, and of any training caption, as a floor."""
-    from sacrebleu import corpus_bleu
-
+    """BLEU-4 and CIDEr of captions with four beams, of the likeliest words, and of any training caption, as a floor."""
     assert test.texts is not None and train.texts is not None
-    references = [[own[place].lower() for own in test.texts] for place in range(5)]
+    references = [list(own) for own in test.texts]
     rows: dict[str, Any] = {}
     for beams in (1, 4):
         said, _ = caption(bundle, test, beams=beams, most=30)
-        texts = [one.caption.lower() for one in said]
-        rows[f"{beams} beam{'s' * (beams > 1)}"] = _bleu(corpus_bleu(texts, references))
+        texts = [one.caption for one in said]
+        rows[f"{beams} beam{'s' * (beams > 1)}"] = _near(texts, references)
         if beams > 1:
             (runs / "captions.json").write_text(json.dumps([one._asdict() for one in said], indent=1))
             _sheet(test, texts, runs / "captions.png")
             rows["said first"] = [one._asdict() for one in said[:8]]
-    anyone = [train.texts[at % len(train)][0].lower() for at in range(len(test))]
-    person = corpus_bleu(references[0], references[1:])
-    rows |= {"another picture's": _bleu(corpus_bleu(anyone, references)), "a person, 4 references": _bleu(person)}
+    rows["another picture's"] = _near([train.texts[at % len(train)][0] for at in range(len(test))], references)
+    rows["a person, 4 references"] = _near([own[0] for own in references], [own[1:] for own in references])
     print({name: row for name, row in rows.items() if isinstance(row, dict)}, flush=True)
     return rows
 
 
-def _bleu(score: Any) -> dict[str, float]:
-    return {"bleu4": round(score.score, 2), "brevity": round(score.bp, 3)}
+def _near(texts: list[str], references: list[list[str]]) -> dict[str, float]:
+    from sacrebleu import corpus_bleu
+
+    columns = [[own[place].lower() for own in references] for place in range(len(references[0]))]
+    bleu = corpus_bleu([text.lower() for text in texts], columns)
+    near = np.mean(cider(texts, references))
+    return {"bleu4": round(bleu.score, 2), "brevity": round(bleu.bp, 3), "cider": round(float(near), 3)}
 
 
 def _sheet(test: Source, texts: list[str], file: Path, across: int = 4, down: int = 5, side: int = 240) -> None:
@@ -174,20 +186,27 @@ def _hits(logits: np.ndarray, nats: np.ndarray, own: np.ndarray, weight: float) 
     return np.take_along_axis(own, scores.argmax(1)[:, None], 1)[:, 0].astype(float)
 
 
-def _results() -> dict:
-    return json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
+class Results:
+    """What was measured so far, in a file; of another recipe it is refused."""
 
+    def __init__(self, path: Path, recipe: Reading, pictures: dict[str, int]):
+        self.path, self.setting = path, {"recipe": asdict(recipe), "pictures": pictures}
+        kept = json.loads(path.read_text()) if path.exists() else {**self.setting, "results": {}}
+        if {name: kept[name] for name in self.setting} != self.setting:
+            raise SystemExit(f"{path} is of another recipe. Give another --out, or remove it.")
+        self.held: dict[str, Any] = kept["results"]
 
-def _write(results: dict, recipe: Reading) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    record = {
-        "question": "what a picture is worth to a small causal language model on Flickr8k's captions, from scratch",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, no GPU",
-        "versions": {name: version(name) for name in ("torch", "timm", "transformers", "sacrebleu", "twofold")},
-        "recipe": asdict(recipe),
-        "results": results,
-    }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        self.held[name] = row
+        record = {
+            "question": "what a picture is worth to a small causal language model on Flickr8k's captions, from scratch",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, no GPU",
+            "versions": {each: version(each) for each in ("torch", "timm", "transformers", "sacrebleu", "twofold")},
+            **self.setting,
+            "results": self.held,
+        }
+        text = json.dumps(record, indent=1) + "\n"
+        write_atomically(self.path, lambda path: path.write_text(text))
 
 
 if __name__ == "__main__":

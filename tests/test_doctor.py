@@ -14,6 +14,7 @@ from torch import nn
 from twofold import runtime
 from twofold.cli import main
 from twofold.data.cache import decoded
+from twofold.data.samples import motion
 from twofold.data.sources import open_source
 from twofold.errors import UsageError
 from twofold.measure import findings
@@ -27,6 +28,7 @@ from twofold.models.ema import Ema
 from twofold.models.tokens import patches
 from twofold.objectives import masked_pixels, nt_xent
 from twofold.train.doctor import doctor
+from twofold.train.doctor_page import page
 from twofold.train.masked import by_distance, predicted
 from twofold.train.restored import leak, restored
 from twofold.train.trackers import tracked
@@ -228,6 +230,25 @@ def test_hidden_patches_are_looked_at(runs, capsys):
     whole, seen, filled = (again.painted[0][k].astype(int) for k in range(3))
     shown = (seen == whole).all(-1)
     assert (filled[shown] == whole[shown]).all() and 0.2 < shown.mean() < 0.6
+
+
+def test_hidden_tubes_of_clips_are_looked_at(tmp_path):
+    run = tmp_path / "clips"
+    few = ["--limit", "16", "--epochs", "1", "--batch", "8", "--frames", "4", "--stride", "1", "--size", "32"]
+    narrow = ["--predictor.depth", "1", "--predictor.width", "24", "--predictor.heads", "2"]
+    encoder = ["--encoder", "timm:vit_tiny_patch16_224/8x16x1"]
+    assert main(["train", "vjepa", "motion", "--out", str(run), *encoder, *few, *narrow, "--no-report"]) == 0
+    clips = motion(16, 8, frames=4).split("train")
+    done = doctor(run, clips, quiet=True)
+    found = done.predicted
+    assert found.painted.shape == (6, 2, 32, 2 * 32, 3)  # a frame of each of two tubelets, whole and as it was seen
+    whole, seen = (found.painted[:, k].astype(int) for k in range(2))
+    grey = (seen == 128).all(-1) & (whole != seen).any(-1)
+    np.testing.assert_array_equal(grey[:, :, :32], grey[:, :, 32:])  # a tube hides a place at all times
+    assert (seen[~grey] == whole[~grey]).all() and 0 < grey.mean() < 1
+    assert sum(n for _, _, n in found.by_distance) % 2 == 0 and found.constant > 0
+    assert done.shown.thumbnails.shape == (16, 48, 48, 3)
+    assert "what was seen of it" in page(done) and done.figures["predicted"].painted is None
 
 
 def test_a_bundle_is_looked_at_without_its_run_and_beside_another(runs, tmp_path, capsys):

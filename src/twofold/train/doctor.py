@@ -14,6 +14,7 @@ from torch import Tensor
 from twofold import runtime
 from twofold.data.cache import decoded
 from twofold.data.sources import Source
+from twofold.data.video import watch
 from twofold.errors import DataError, TrainingError, UsageError
 from twofold.measure import findings
 from twofold.measure.collapse import Health, health
@@ -26,7 +27,7 @@ from twofold.measure.metrics import unit_rows
 from twofold.measure.negatives import Microscope, of_bank, of_pairs, of_views
 from twofold.measure.shortcuts import shortcuts
 from twofold.measure.structure import Comparison, Structure, compare_spaces, nearest, structure
-from twofold.methods import METHODS, Method
+from twofold.methods import METHODS, VJEPA, Method
 from twofold.methods.facts import FACTS
 from twofold.models.bundle import Bundle, Tower
 from twofold.models.encoders import encoder as encoder_named
@@ -41,6 +42,7 @@ from twofold.views.sheet import contact_sheet
 
 VIEWS, OF = 4, 256  # views of so many pictures, for alignment and LiDAR; two of them for the microscope
 BATCH = 64  # pictures embedded at once
+CLIPS = 32  # of which some is hidden
 QUERIES, NEIGHBOURS = 8, 6  # of the sheet of neighbours
 SIDE = 48  # pixels a side of a picture on the page
 MAP = 300  # items on the map
@@ -159,6 +161,8 @@ def doctor(
         done = _of_pictures(done, bundle, _method(place, done.record), data, temperature, seed, quiet)
     else:
         done = _of_towers(done, bundle, data, temperature, seed, quiet)
+        if isinstance(method := _method(place, done.record), VJEPA):
+            done = _of_clips(done, bundle, method, data, seed)
     if against is not None:
         done = done._replace(against=_against(done, bundle, data, against, quiet))
     return done._replace(verdicts=sorted(done.verdicts, key=lambda verdict: ORDER.index(verdict.tone)))
@@ -362,7 +366,27 @@ def _of_towers(
     )
 
 
+def _of_clips(done: Doctored, bundle: Bundle, method: VJEPA, data: Source, seed: int) -> Doctored:
+    """What is hidden of a few clips, as they are embedded."""
+    assert done.shown is not None
+    encoder: Any = bundle.towers["video"].encoder
+    ids = {each: row for row, each in enumerate(data.ids)}
+    cells = data.column("video").cells
+    clips = [encoder.prepare(cells[ids[each]], name=each) for each in done.shown.ids[:CLIPS]]
+    hidden = predicted(method, encoder.batch(clips), seed=seed)
+    if hidden is None:
+        return done
+    said = findings.of_predictions(hidden.by_distance, hidden.constant)
+    return done._replace(predicted=hidden, verdicts=[*done.verdicts, *said])
+
+
 def _pictured(data: Source) -> UInt8[np.ndarray, "n h w 3"] | None:
+    """What items look like, clips by the frame in their middle; None where they cannot be seen."""
+    if data.images is None and "video" in data.modalities.values():
+        cells = data.column(data.only("video")).cells
+        clips = [watch(clip, SIDE, name=each) for clip, each in zip(cells, data.ids, strict=True)]
+        middle = torch.from_numpy(np.stack([clip[len(clip) // 2] for clip in clips]))
+        return _thumbnails(_floats(middle.permute(0, 3, 1, 2)))
     if data.images is None:
         return None
     pixels, kept, _ = decoded(data, 2 * SIDE)

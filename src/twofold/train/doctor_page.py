@@ -406,18 +406,20 @@ def _predicted(found: Predicted) -> str:
     words = f"{found.words}, by the distance in patches from what was seen; dashed: of the mean of all"
     plot = lines("error", words, [(points, "one")], x="patches", level=found.constant, low=0.0)
     out = [f'<div class="plots">{plot}</div>']
-    if found.painted is not None:
-        rows = "".join(
-            '<div class="near">'
-            + "".join(f'<figure><img alt="" src="{inline(each)}"></figure>' for each in row)
-            + "</div>"
-            for row in found.painted
-        )
+    if found.painted is None:
+        return "".join(out)
+    rows = "".join(
+        '<div class="near">' + "".join(f'<figure><img alt="" src="{inline(each)}"></figure>' for each in row) + "</div>"
+        for row in found.painted
+    )
+    if found.painted.shape[1] == 3:
         out.append(
             '<h3>A picture, what was seen of it, and the rest painted</h3><p class="pale">A patch is painted but for '
-            f'its own mean and contrast, which are lent to it here.</p><div class="sheet">{rows}</div>'
+            "its own mean and contrast, which are lent to it here.</p>"
         )
-    return "".join(out)
+    else:
+        out.append("<h3>What there is, and what was seen of it</h3>")
+    return "".join([*out, f'<div class="sheet">{rows}</div>'])
 
 
 def _against(done: Doctored, found: Against, picture: _Pictures) -> str:

@@ -1,9 +1,11 @@
 """What methods that hide patches make of them: the error by distance from what was seen, and pictures painted anew."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
@@ -19,14 +21,14 @@ PAINTED = 6  # pictures
 class Predicted(NamedTuple):
     """The error of hidden patches by their distance from the nearest that was seen, in patches, and what it is of.
 
-    `constant` is what predicting the mean of all would cost. `painted` rows are a picture, what was seen of it, and
-    what was made of the rest, where pixels are predicted.
+    `constant` is what predicting the mean of all would cost. `painted` rows are a picture, what was seen of it, and,
+    where pixels are predicted, what was made of the rest; of a clip a frame of each tubelet, side by side.
     """
 
     by_distance: list[tuple[float, float, int]]  # distance, mean error, patches
     constant: float
     words: str
-    painted: UInt8[np.ndarray, "p 3 h w c"] | None = None
+    painted: UInt8[np.ndarray, "p k h w 3"] | None
 
 
 def predicted(method: Method, x: Any, *, seed: int = 0) -> Predicted | None:
@@ -50,17 +52,9 @@ def _pixels(method: MAE, x: Float[Tensor, "n c h w"], draw: torch.Generator) -> 
     painted = method.decoder(method.tokens(x, keep), keep, hidden)
     pixels = taken(patches(method.tokens.standard(x), method.tokens.patch), hidden)
     variance, mean = torch.var_mean(pixels, -1, keepdim=True)
-    deviation = (variance + 1e-6).sqrt()
-    error = (painted - (pixels - mean) / deviation).square().mean(-1)
-    few = slice(0, PAINTED)
-    whole = patches(x[few], method.tokens.patch)
-    centre, width = (each.flatten() for each in (method.tokens.encoder.mean, method.tokens.encoder.std))
-    made = (painted * deviation + mean)[few, 0]  # in the units of the encoder's first layer
-    made = (made.unflatten(-1, (-1, len(centre))) * width + centre).flatten(-2)
-    seen, filled = whole.clone(), whole.clone()
-    seen.scatter_(1, hidden[few, 0, :, None].expand(-1, -1, whole.shape[-1]), 0.5)
-    filled.scatter_(1, hidden[few, 0, :, None].expand(-1, -1, whole.shape[-1]), made)
-    rows = [_together(each, method.tokens.grid, method.tokens.patch) for each in (whole, seen, filled)]
+    error = (painted - (pixels - mean) / (variance + 1e-6).sqrt()).square().mean(-1)
+    few = x[:PAINTED]
+    rows = [_shown(each) for each in (few, *method.paint(few, draw))]
     constant = (pixels.shape[-1] - 1) / pixels.shape[-1]
     return Predicted(
         by_distance(error, keep, hidden, method.tokens.grid),
@@ -70,15 +64,9 @@ def _pixels(method: MAE, x: Float[Tensor, "n c h w"], draw: torch.Generator) -> 
     )
 
 
-def _together(
-    cells: Float[Tensor, "p n d"], grid: tuple[int, int], size: tuple[int, int]
-) -> UInt8[np.ndarray, "p h w 3"]:
-    """Pictures of their patches, as `models.tokens.patches` takes them apart."""
-    p, (down, across) = len(cells), grid
-    x = cells.view(p, down, across, *size, -1).permute(0, 1, 3, 2, 4, 5)
-    x = x.reshape(p, down * size[0], across * size[1], -1).clamp(0, 1)
-    x = x[..., :3] if x.shape[-1] >= 3 else x[..., :1].expand(*x.shape[:-1], 3)
-    return (x * 255).round().byte().numpy()
+def _shown(x: Float[Tensor, "p c h w"]) -> UInt8[np.ndarray, "p h w 3"]:
+    rgb = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
+    return (rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def _latents(method: IJEPA | VJEPA, x: Tensor, mask: Masked, grid: tuple[int, ...]) -> Predicted:
@@ -86,10 +74,16 @@ def _latents(method: IJEPA | VJEPA, x: Tensor, mask: Masked, grid: tuple[int, ..
     h = normal_tokens(method.target(x))
     guess = method.predictor(method.tokens(x, keep), keep, hidden)
     error = (guess - taken(h, hidden)).square().mean(-1)
+    few = x[:PAINTED]
+    there = torch.zeros(len(few), math.prod(grid)).scatter_(1, keep[:PAINTED], 1.0).unflatten(1, grid)
+    if few.ndim == 5:
+        few, there = (torch.cat([*each.unbind(1)], -1) for each in (few[:, :: few.shape[1] // grid[0]], there))
+    there = F.interpolate(there[:, None], few.shape[-2:], mode="nearest")
     return Predicted(
         by_distance(error, keep, hidden, grid),
         h.flatten(0, 1).var(0, correction=0).mean().item(),
         "mean squared error of normalised latents",
+        np.stack([_shown(few), _shown(torch.where(there > 0, few, 0.5))], 1),
     )
 
 

@@ -1,0 +1,166 @@
+"""Fight or no fight? What V-JEPA reads in two hundred clips of surveillance cameras, beside frames seen one by one.
+
+    python benchmarks/surveillance_clips.py CLIPS_FOLDER              # three seeds; some minutes of one thread each
+    python benchmarks/surveillance_clips.py CLIPS_FOLDER --steps 2 --seeds 0 --runs /tmp/a --out /tmp/a.json  # tiny
+
+The folder holds labels.csv and clips/, sheets of 16 frames. V-JEPA learns from the 192 training clips without their
+labels. Then an attentive probe of its tokens, and a linear one of their average, learn from the same clips with their
+labels, and answer for 48 clips of other cameras: beside the same transformer untrained, and beside an ImageNet network
+that sees each frame by itself. Intervals draw test clips, the seeds' answers for one of them together. Results are kept
+run by run; what was interrupted goes on.
+"""
+
+import argparse
+import csv
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from twofold import runtime
+from twofold.data.atomic import write_atomically
+from twofold.data.loader import Batches
+from twofold.data.video import Sheet, watch
+from twofold.measure.metrics import Interval, bootstrap
+from twofold.measure.probes import attentive_probe, linear_probe
+from twofold.methods import VJEPA
+from twofold.models.clips import ClipEncoder, FrameTokens
+from twofold.models.encoders import encoder, image_encoder, inference
+from twofold.models.predictor import Blocks
+from twofold.models.tokens import centred
+from twofold.train.loop import fit
+from twofold.train.optim import Optimizer
+from twofold.views import IJEPA, Policy
+
+RESULTS = Path(__file__).parent / "results" / "surveillance_clips.json"
+ENCODER, SIZE, LARGE, FRAMES, BATCH = "timm:vit_tiny_patch16_224/8x64x3", 48, 96, 16, 16
+CROP = Policy(**{**asdict(IJEPA), "size": SIZE})
+OPTIONS: dict[str, Any] = {"predictor": Blocks(2, 64, 2), "frames": FRAMES, "stride": 1, "momentum": 0.998}
+OPTIMIZER = Optimizer(lr=1e-3, weight_decay=0.05, warmup=60)
+PENALTIES = (1.0, 1e-1, 1e-2, 1e-3)
+MODELS = ("frames", "untrained", "vjepa")
+
+
+class Clips:
+    """A split: pixels [n, frames, 3, size, size] of uint8, labels, and from which video each was cut."""
+
+    def __init__(self, folder: Path, split: str, size: int):
+        with open(folder / "labels.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["split"] == split]
+        clips = [watch(Sheet(folder / "clips" / row["filename"], 4, 4), size) for row in rows]
+        self.pixels = torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3).contiguous()
+        self.labels = np.array([int(row["label"]) for row in rows])
+        self.sources = [row["source"] for row in rows]
+
+
+def make(seed: int) -> VJEPA:
+    torch.manual_seed(runtime.seed_of(seed, "weights"))
+    picture = centred(image_encoder(ENCODER, size=SIZE))
+    return VJEPA(picture, policies=(CROP,), **OPTIONS)
+
+
+def tokens_of(model: Any, clips: torch.Tensor) -> torch.Tensor:
+    with inference(model):
+        return torch.cat([model(some.float() / 255) for some in clips.split(16)])
+
+
+def probed(model: Any, parts: dict[str, Clips], seed: int) -> dict[str, Any]:
+    """Accuracies, and of each test clip whether the answer was right."""
+    x = {name: tokens_of(model, part.pixels) for name, part in parts.items()}
+    y = {name: part.labels for name, part in parts.items()}
+    mean = {name: tokens.mean(1) for name, tokens in x.items()}
+    draw = runtime.generator(seed, "probe")
+    found = {
+        "attentive": attentive_probe(x["train"], y["train"], x["test"], y["test"], epochs=40, l2=PENALTIES, draw=draw),
+        "linear": linear_probe(mean["train"], y["train"], mean["test"], y["test"], l2=PENALTIES, draw=draw),
+    }
+    return {
+        name: {"accuracy": round(probe.accuracy.value, 4), "right": (probe.predicted == y["test"]).astype(int).tolist()}
+        for name, probe in found.items()
+    }
+
+
+def learned(seed: int, train: Clips, *, steps: int, out: Path) -> tuple[Any, dict[str, Any]]:
+    method = make(seed)
+    batches = Batches({"video": train.pixels}, batch=BATCH, seed=seed)
+    run = fit(method, batches, steps=steps, out=out, optimizer=OPTIMIZER, seed=seed)
+    tower = method.towers()["video"]
+    assert isinstance(tower, ClipEncoder)
+    return tower.tokens, {name: round(run.log[-1][name], 4) for name in ("loss", "target_variance", "rank")}
+
+
+def summary(rows: list[dict[str, Any]], labels: np.ndarray) -> dict[str, Any]:
+    """Of each model the mean over its seeds, with an interval over test clips, and its gap to the frames' average."""
+
+    def right(model: str, probe: str) -> np.ndarray:
+        return np.mean([row[probe]["right"] for row in rows if row["model"] == model], axis=0)
+
+    found: dict[str, Any] = {"chance": round(max(labels.mean(), 1 - labels.mean()), 4)}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for probe in ("attentive", "linear"):
+            cell: dict[str, Any] = {"accuracy": told(bootstrap(right(model, probe)))}
+            cell["seeds"] = [row[probe]["accuracy"] for row in rows if row["model"] == model]
+            if model != "frames" and any(row["model"] == "frames" for row in rows):
+                cell["beside frames"] = told(bootstrap(right(model, probe) - right("frames", probe)))
+            found.setdefault(model, {})[probe] = cell
+    return found
+
+
+def told(value: Interval) -> dict[str, float]:
+    return {name: round(number, 4) for name, number in value._asdict().items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=500, help="default: 500")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--runs", type=Path, default=Path("runs/surveillance_clips"))
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"where the figures go (default: {RESULTS.name})")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    parts = {name: Clips(given.data, name, SIZE) for name in ("train", "test")}
+    assert not set(parts["train"].sources) & set(parts["test"].sources), "A video stands in both splits."
+    setting = {"encoder": ENCODER, "size": SIZE, "frames": FRAMES, "batch": BATCH, "steps": given.steps}
+    held = json.loads(given.out.read_text()) if given.out.exists() else {"setting": setting, "results": []}
+    if held["setting"] != setting:
+        raise SystemExit(f"{given.out} is of another setting: {held['setting']}. Give another --out, or remove it.")
+    rows: list[dict[str, Any]] = held["results"]
+    for seed in given.seeds:
+        for name in given.models:
+            if (name, seed) in [(row["model"], row["seed"]) for row in rows]:
+                continue
+            about: dict[str, Any] = {}
+            if name == "vjepa":
+                model, about = learned(seed, parts["train"], steps=given.steps, out=given.runs / str(seed))
+                row = probed(model, parts, seed)
+            elif name == "untrained":
+                row = probed(make(seed).tokens, parts, seed)
+            else:
+                large = {split: Clips(given.data, split, LARGE) for split in parts}
+                row = probed(FrameTokens(encoder("efficientnet-lite0")), large, seed)  # type: ignore[arg-type]
+            rows.append({"model": name, "seed": seed, **about, **row})
+            rows.sort(key=lambda row: (MODELS.index(row["model"]), row["seed"]))
+            record = {
+                "question": "fight or no fight, of 48 clips from other cameras, read from frozen tokens",
+                "machine": f"{platform.machine()}, one thread, no GPU",
+                "versions": {package: version(package) for package in ("torch", "timm", "twofold")},
+                "setting": setting,
+                "test clips": len(parts["test"].labels),
+                "summary": summary(rows, parts["test"].labels),
+                "results": rows,
+            }
+            text = json.dumps(record, indent=1) + "\n"
+            write_atomically(given.out, lambda path, text=text: path.write_text(text))
+            print(name, seed, about, {probe: row[probe]["accuracy"] for probe in ("attentive", "linear")}, flush=True)
+    print(json.dumps(held.get("summary") or record["summary"], indent=1) if rows else "", f"\nWritten to {given.out}")
+
+
+if __name__ == "__main__":
+    main()
