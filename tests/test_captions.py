@@ -31,9 +31,7 @@ def test_a_reference_itself_scores_ten_where_it_is_the_only_one_and_foreign_word
     assert cider([own[0] for own in alone], alone) == pytest.approx([10, 10, 10])
     assert cider(["nobody", "", "snow falls"], REFERENCES) == [0, 0, 0]
     # Case and punctuation do not count.
-    assert cider(["a Red Dog, runs over grass!"] * 3, alone)[0] == pytest.approx(
-        10
-    )
+    assert cider(["a Red Dog, runs over grass!"] * 3, alone)[0] == pytest.approx(10)
 
 
 def test_saying_a_word_again_and_again_gains_nothing():
