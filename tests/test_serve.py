@@ -19,7 +19,8 @@ from torch import nn
 
 from twofold.data.sources import open_source
 from twofold.errors import DataError, StoreError, UsageError
-from twofold.models.bundle import Bundle, Tower
+from twofold.measure.calibration import Calibration, direction
+from twofold.models.bundle import Bundle, Tower, annotate
 from twofold.models.encoders import image_encoder, text_encoder
 from twofold.retrieve.feedback import Click, Feedback
 from twofold.retrieve.index import Index
@@ -27,6 +28,7 @@ from twofold.serve import service as service_module
 from twofold.serve.app import app
 from twofold.serve.client import Client
 from twofold.serve.keys import Keys
+from twofold.serve.log import JsonLines
 
 
 def paint(path: Path, seed: int) -> None:
@@ -127,6 +129,21 @@ def test_facts_say_what_can_be_asked(client):
     facts = client.get("/api/v1/facts").json()
     assert (facts["items"], facts["asks"], facts["writes"]) == (13, ["image", "text"], True)
     assert facts["columns"] == {"label": [["red", 7], ["blue", 6]]}
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "said"),
+    [
+        ({"url": "/api/v1/search", "content": '{"text": "x"}'}, 422, "Content-Type: application/json"),
+        ({"url": "/api/v1/search", "content": "{bad", "headers": {"Content-Type": "application/json"}}, 422, "quotes"),
+        ({"url": "/api/v1/searches"}, 404, "/openapi.json"),
+        ({"url": "/api/v1/search", "method": "DELETE"}, 405, "/openapi.json"),
+    ],
+)
+def test_a_request_that_is_none_is_told_what_to_send(client, request_, status, said):
+    response = client.request(**{"method": "POST"} | request_)
+    assert response.status_code == status and said in response.json()["error"]
+    assert response.json()["request"] == response.headers["x-request-id"]
 
 
 @pytest.mark.parametrize(
@@ -286,7 +303,13 @@ def test_the_file_of_keys_holds_no_key(tmp_path):
 
 
 def test_a_page_elsewhere_cannot_call_it_by_a_name_of_its_own(client):
-    assert client.get("/api/v1/facts", headers={"Host": "evil.example"}).status_code == 400
+    refused = client.get("/api/v1/facts", headers={"Host": "evil.example"})
+    assert refused.status_code == 400 and "--hosts" in refused.json()["error"]
+    for name in ("localhost:8000", "LOCALHOST", "[::1]:8000", "127.0.0.1"):
+        assert client.get("/api/v1/facts", headers={"Host": name}).status_code == 200
+    for name in ("localhost.evil.example", "evil.example#localhost", ""):
+        assert client.get("/api/v1/facts", headers={"Host": name}).status_code == 400
+    assert client.get("/health", headers={"Host": "10.1.2.3:8000"}).status_code == 200  # probes ask by address
     response = client.options(
         "/api/v1/search", headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     )
@@ -332,11 +355,21 @@ def test_a_click_that_was_cut_short_costs_that_click_only(tmp_path):
 def test_every_request_is_counted_and_logged_with_its_id(client, caplog):
     with caplog.at_level(logging.INFO, "twofold.serve"):
         response = search(client, text="x")
-    line = json.loads(caplog.messages[-1])
+    line = json.loads(JsonLines().format(caplog.records[-1]))
+    assert line["level"] == "info" and line["time"][:2] == "20"
     assert (line["request"], line["status"], line["path"]) == (response.headers["x-request-id"], 200, "/api/v1/search")
     assert 'twofold_request_seconds_count{route="/api/v1/search",status="200"}' in client.get("/metrics").text
     assert "twofold_items 13.0" in client.get("/metrics").text
     assert client.get("/ready").text == "ready\n"
+
+
+def test_a_failure_is_one_line_of_the_log_with_its_traceback(home, caplog, monkeypatch):
+    with TestClient(app(home / "index"), base_url="http://localhost", raise_server_exceptions=False) as client:
+        monkeypatch.setattr(client.app.state.service, "item", lambda _: 1 // 0)
+        response = client.get("/api/v1/item", params={"id": "x"})
+    assert response.status_code == 500 and "log" in response.json()["error"]
+    (line,) = (json.loads(JsonLines().format(one)) for one in caplog.records if one.levelname == "ERROR")
+    assert line["request"] == response.json()["request"] and "ZeroDivisionError" in line["traceback"]
 
 
 def test_a_new_build_is_served_without_a_restart(home, tmp_path, monkeypatch):
@@ -350,6 +383,10 @@ def test_a_new_build_is_served_without_a_restart(home, tmp_path, monkeypatch):
         paint(tmp_path / "photos" / "3.jpg", 3)
         Index.build(open_source(tmp_path / "photos"), bundle, tmp_path / "index")
         assert len(answered(search(client, text="x"))) == 4
+        assert search(client, text="x").json()["hits"][0]["probability"] is None
+        calibration = Calibration("platt", gallery=4, scale=1.0)
+        annotate(tmp_path / "index" / "model", "calibration", direction("text", "image"), calibration.record())
+        assert search(client, text="x").json()["hits"][0]["probability"] is not None
 
 
 def test_the_map_has_a_place_for_every_item(client):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from torch import nn
 from twofold.cli import main
 from twofold.data.sources import Source
 from twofold.errors import EmbedderError, FingerprintMismatch, UsageError
-from twofold.models.bundle import Bundle, Tower
+from twofold.measure.calibration import Calibration, direction
+from twofold.models.bundle import Bundle, Tower, annotate
 from twofold.models.encoders import image_encoder, text_encoder
 from twofold.retrieve.check import check, repair
 from twofold.retrieve.fit_fusion import fit_fusion, keep
 from twofold.retrieve.fusion import Fusion
-from twofold.retrieve.index import Index, open_store, read_head
+from twofold.retrieve.index import Index, keep_fusion, open_store, read_head
 from twofold.retrieve.store import Place
 
 NAMES = ["bank", "boat", "cat", "dog", "fish", "lamp", "moon", "road"]
@@ -328,6 +330,21 @@ def test_a_fitted_fusion_has_probabilities_and_says_when_nothing_fits(tmp_path, 
     Index.build(pairs, bundle, tmp_path / "index", texts="none")
     Index.build(pairs, bundle, tmp_path / "index", texts=Bags("other"))
     assert Index.open(tmp_path / "index", exact=True).retriever.fusion == Fusion()  # it was fitted for another space
+
+
+def test_who_keeps_an_index_is_told_what_its_probabilities_lack(out, capsys):
+    with closing(Index.open(out)) as opened:
+        assert opened.hints() == []  # the model has none either
+    calibration = Calibration("platt", gallery=8, scale=1.0)
+    annotate(out / "model", "calibration", direction("text", "image"), calibration.record())
+    with closing(Index.open(out)) as opened:
+        (hint,) = opened.hints()
+        assert f"twofold calibrate {out} --data" in hint
+        assert main(["search", str(out), "an animal"]) == 0 and hint in capsys.readouterr().err
+        assert main(["search", str(out), "an animal", "--via", "items"]) == 0 and hint not in capsys.readouterr().err
+        keep_fusion(out, Fusion("scores", 0.5, calibration))
+    with closing(Index.open(out)) as opened:
+        assert opened.hints() == []
 
 
 # -- the shipped embedder, the command line and the service

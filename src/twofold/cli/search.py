@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from twofold.cli.flags import verb
-from twofold.cli.show import print_hits, print_json, print_verdict
+from twofold.cli.show import print_hints, print_hits, print_json, print_verdict
 
 if TYPE_CHECKING:
     from twofold.retrieve.queries import Query
@@ -92,6 +92,8 @@ def search(
         if one or not explain:
             hits = opened.search(text, image=image, like=like, unlike=unlike, **named)  # type: ignore[arg-type]
             print_verdict(opened.retriever, hits, from_best=offset == 0)
+            if hits and hits[0].spaces:
+                print_hints(opened.hints())
         how = explained(opened) if explain else None
     if json:
         found = None if hits is None else [hit._asdict() for hit in hits]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from twofold.cli.flags import verb
-from twofold.cli.show import print_json
+from twofold.cli.show import print_hints, print_json
 
 
 @verb
@@ -47,6 +47,7 @@ def serve(
     from twofold.errors import UsageError
     from twofold.serve.app import app
     from twofold.serve.keys import Keys
+    from twofold.serve.log import JsonLines
 
     held = Keys(keys) if keys else None
     if held is not None and not len(held):
@@ -54,10 +55,14 @@ def serve(
     open_to_others = host not in ("127.0.0.1", "localhost", "::1")
     if open_to_others and held is None:
         raise UsageError(f"--host {host} lets others in, so it needs --keys: `twofold key keys.json NAME` makes one.")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[lines])
     logging.getLogger("httpx").setLevel(logging.WARNING)
     names = ["localhost", "127.0.0.1", "[::1]", *hosts, *([host] if host not in ("0.0.0.0", "::") else [])]
+    print(f"  opening {index} …", file=sys.stderr, flush=True)
     served = app(index, roots=roots, keys=held, hosts=names)
+    print_hints(served.state.service.opened.hints())
     taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -68,7 +73,13 @@ def serve(
         ) from error
     print(f"  http://{host}:{taken.getsockname()[1]}   Ctrl-C ends it", flush=True)
     config = uvicorn.Config(
-        served, log_config=None, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30
+        served,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=10,  # seconds for what is being answered
     )
     uvicorn.Server(config).run(sockets=[taken])
 

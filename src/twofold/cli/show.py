@@ -87,6 +87,11 @@ def print_verdict(retriever: Any, hits: list, *, from_best: bool) -> None:
             print(f"  no good match: {kept:.0%} of queries with an answer have a better best hit", file=sys.stderr)
 
 
+def print_hints(hints: list[str]) -> None:
+    for hint in hints:
+        print(f"  {hint}", file=sys.stderr)
+
+
 def print_checked(checked: Any) -> None:
     """An index's facts and findings, with a few of the ids that each concerns."""
     print(f"  {checked.path}: {checked.items:,} items, {checked.contents:,} vectors [{checked.dim}] of")

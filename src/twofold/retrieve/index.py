@@ -112,6 +112,7 @@ class Index:
         self.path, self.head, self.bundle, self.store = path, head, bundle, store
         self.retriever = Retriever(bundle, store, texts=texts, fusion=_kept_fusion(path, head), columns=self.columns)
         self.search = self.retriever.search
+        self._annotated = _annotated(path)
 
     @classmethod
     def open(cls, path: str | Path, model: str | Path | Bundle | None = None, *, exact: bool = False) -> "Index":
@@ -158,8 +159,17 @@ class Index:
 
     @property
     def stale(self) -> bool:
-        """Whether a build has made another snapshot since this one was opened; open the index again to see it."""
-        return read_head(self.path) != self.head
+        """Whether a build has ended or `calibrate` was run since this was opened; open the index again to see it."""
+        return read_head(self.path) != self.head or _annotated(self.path) != self._annotated
+
+    def hints(self) -> list[str]:
+        """What whoever keeps this index may want to do, with the command for it."""
+        if self.retriever.texts is None or self.retriever.fusion.calibration or self.retriever.calibration is None:
+            return []
+        return [
+            "Words have no probabilities here: the model's calibration is for pictures alone, and this index asks its "
+            f"texts, too. `twofold calibrate {self.path} --data PAIRS` gives it its own."
+        ]
 
     def audit(self, limit: int = 1000) -> list[str]:
         """Ids that the store lost or does not find by their own vector, of `limit` tried; [] where all is well."""
@@ -494,6 +504,12 @@ def _kept_fusion(path: Path, head: Head) -> Fusion:
             f"{path / 'fusion.json'} is damaged ({type(error).__name__}: {error}). Delete it, or make it again with "
             f"`twofold calibrate {path} --data DATA`."
         ) from error
+
+
+def _annotated(path: Path) -> list[int]:
+    """When what `calibrate` writes was last written; 0 where it was not."""
+    files = (path / "fusion.json", path / "model" / "bundle.json")
+    return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
 
 
 # -- The folder -------------------------------------------------------------------------------------------------------

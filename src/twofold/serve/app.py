@@ -13,12 +13,12 @@ Every answer carries X-Request-ID, every error is JSON that says what to do. No 
 behalf, and no file outside the indexed folders is ever read.
 """
 
-import json
 import logging
 import math
+import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import partial
@@ -35,7 +35,6 @@ from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBea
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twofold import __version__
@@ -53,12 +52,18 @@ MAP_SECONDS = 600.0  # that laying out a map may take; it is kept
 CHOSEN = 100_000  # items that a search may be kept to
 AT_ONCE = 4  # searches that compute side by side; more wait
 COOKIE = "twofold_key"
+PROBES = ("/health", "/ready")  # asked by address; they tell nothing that a page elsewhere could use
 FIGURES = ("rank", "first", "wrong")  # of a `Change`, before and after
 PAGE = ("index.html", "style.css", "app.js", "changes.js", "element.js", "map.js")
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob: data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+
+MISSED = {
+    (404, "Not Found"): "There is nothing at this address. /openapi.json lists what there is.",
+    (405, "Method Not Allowed"): "This address answers another method. /openapi.json says which.",
+}
 
 log = logging.getLogger("twofold.serve")
 T = TypeVar("T")
@@ -153,6 +158,7 @@ class Facts(BaseModel):
     writes: bool = Field(description="whether this caller may give feedback")
     corrected: bool = Field(description="whether judged questions were answered by another model before")
     columns: dict[str, list[tuple[str | int | float | bool, int]]]
+    hints: list[str] = Field([], description="what whoever keeps the index may want to do, with the command for it")
 
 
 class Plane(BaseModel):
@@ -234,7 +240,7 @@ def app(
     latency = Histogram(
         "twofold_request_seconds", "Time to answer, by route and status", ["route", "status"], registry=registry
     )
-    Gauge("twofold_items", "Items in the index", registry=registry).set_function(lambda: len(service.index.store))
+    Gauge("twofold_items", "Items in the index", registry=registry).set_function(lambda: len(service.opened.store))
     waiting = Gauge("twofold_requests_in_flight", "Requests being answered", registry=registry)
 
     @asynccontextmanager
@@ -285,12 +291,12 @@ def app(
     async def answer(wanted: Wanted, image: bytes | None = None) -> Answer:
         started = time.perf_counter()
         query = wanted.model_dump(exclude={"where", "k"}) | {"where": parse_where(wanted.where), "k": wanted.k + 1}
-        hits, notes = await compute(partial(service.search, image=image, **query))
+        found = await compute(partial(service.search, image=image, **query))
         return Answer(
-            hits=[_found(hit) for hit in hits[: wanted.k]],
-            more=len(hits) > wanted.k,
-            none_fits=service.index.retriever.no_good_match(hits),
-            notes=notes,
+            hits=[_found(hit) for hit in found.hits[: wanted.k]],
+            more=len(found.hits) > wanted.k,
+            none_fits=found.none_fits,
+            notes=found.notes,
             milliseconds=round(1000 * (time.perf_counter() - started), 1),
         )
 
@@ -317,7 +323,7 @@ def app(
     async def facts(held: Annotated[str, Depends(scope)]) -> Facts:
         """What is served: how many items, what one may look with, and the columns to filter by."""
         columns = await compute(service.columns)
-        opened = service.index
+        opened = service.opened
         own, *texts = opened.head.spaces
         return Facts(
             items=len(opened.store),
@@ -333,6 +339,7 @@ def app(
             writes=held == "write",
             corrected=bool(await compute(service.corrected)),
             columns={column.name: column.values for column in columns},
+            hints=opened.hints() if held == "write" else [],
         )
 
     @api.post("/api/v1/items", dependencies=[Reader])
@@ -434,17 +441,25 @@ def app(
 
     @api.exception_handler(RequestValidationError)
     async def not_understood(request: Request, error: RequestValidationError) -> JSONResponse:
-        said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        return _problem(request, 422, said)
+        kind = request.headers.get("content-type", "")
+        if request.method == "POST" and not kind.startswith(("application/json", "multipart/form-data")):
+            return _problem(request, 422, "Send JSON, and say so: `Content-Type: application/json`.")
+        return _problem(request, 422, "; ".join(map(_told, error.errors())))
 
     @api.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        return _problem(request, error.status_code, str(error.detail), headers=error.headers)
+        said = MISSED.get((error.status_code, error.detail), str(error.detail))
+        return _problem(request, error.status_code, said, headers=error.headers)
 
-    api.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    api.add_middleware(_Watched, upload=upload, latency=latency, waiting=waiting)
+    api.add_middleware(_Watched, hosts=hosts, upload=upload, latency=latency, waiting=waiting)
     api.state.service = service
     return api
+
+
+def _told(wrong: Mapping[str, Any]) -> str:
+    """One thing that is wrong with a request: where, and what was expected."""
+    reason = wrong.get("ctx", {}).get("error") if wrong["type"] == "json_invalid" else None
+    return f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}{f' ({reason})' if reason else ''}"
 
 
 def _found(hit: Hit) -> Found:
@@ -488,10 +503,12 @@ def _problem(request: Request, status: int, said: str, headers: Any = None) -> J
 
 
 class _Watched:
-    """Around everything: a request id, a limit to what is read, headers that keep browsers strict, a line in a log."""
+    """Around everything: a request id, the names it may be called by, a limit to what is read, headers that keep
+    browsers strict, a line in a log."""
 
-    def __init__(self, inner: ASGIApp, *, upload: int, latency: Histogram, waiting: Gauge):
+    def __init__(self, inner: ASGIApp, *, hosts: Sequence[str], upload: int, latency: Histogram, waiting: Gauge):
         self.inner, self.upload, self.latency, self.waiting = inner, upload, latency, waiting
+        self.hosts = [host.lower() for host in hosts]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -518,11 +535,7 @@ class _Watched:
                     (b"x-request-id", name.encode()),
                     (b"x-content-type-options", b"nosniff"),
                     (b"referrer-policy", b"no-referrer"),
-                    *(
-                        [(b"content-security-policy", POLICY.encode())]
-                        if scope["path"] not in ("/docs", "/redoc")
-                        else []
-                    ),
+                    (b"content-security-policy", POLICY.encode()),
                 ]
             await send(message)
 
@@ -531,13 +544,16 @@ class _Watched:
 
         self.waiting.inc()
         try:
-            length = dict(scope["headers"]).get(b"content-length", b"0")
-            if length.isdigit() and int(length) <= self.upload:
-                await self.inner(scope, counted, labelled)
-            else:
+            headers = dict(scope["headers"])
+            length, host = headers.get(b"content-length", b"0"), headers.get(b"host", b"").decode("latin-1")
+            if scope["path"] not in PROBES and not self._called(host):
+                await refuse(400, f"Not called {host[:200]!r} here: `twofold serve … --hosts NAME` adds a name.")
+            elif not length.isdigit() or int(length) > self.upload:
                 await refuse(413, too_large)
+            else:
+                await self.inner(scope, counted, labelled)
         except Exception:
-            log.exception("request %s failed", name)
+            log.exception("failed", extra={"fields": {"request": name}})
             if status == 500:
                 await refuse(500, "Something went wrong here; the log has it under this request's id.")
         finally:
@@ -546,4 +562,9 @@ class _Watched:
             route = getattr(scope.get("route"), "path", "other")
             self.latency.labels(route, status).observe(took)
             line = {"request": name, "method": scope["method"], "path": scope["path"], "status": status}
-            log.info(json.dumps(line | {"ms": round(1000 * took, 1)}))
+            log.info("answered", extra={"fields": line | {"ms": round(1000 * took, 1)}})
+
+    def _called(self, host: str) -> bool:
+        """Whether a Host header, with a port or without, is one of the names; "*.example.org" is any below it."""
+        name = re.sub(r":\d*$", "", host).lower()
+        return any(name == one or one == "*" or (one.startswith("*.") and name.endswith(one[1:])) for one in self.hosts)

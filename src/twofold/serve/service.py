@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from twofold.data.decode import Raw, thumbnail
-from twofold.errors import EmbedderError, StoreError
+from twofold.errors import BundleError, EmbedderError, StoreError
 from twofold.retrieve.corrected import Corrected, corrected
 from twofold.retrieve.feedback import Click, Feedback
 from twofold.retrieve.filters import compiled, matches
@@ -33,6 +33,14 @@ class Column(NamedTuple):
     values: list[tuple[Any, int]]
 
 
+class Found(NamedTuple):
+    """The hits of a search, what to know of them, and whether a calibrated model thinks that none of them fits."""
+
+    hits: list[Hit]
+    notes: list[str]
+    none_fits: bool
+
+
 class Service:
     """What the routes of `app` do, without HTTP. Its methods may be called by many threads at once.
 
@@ -44,32 +52,33 @@ class Service:
         self.path = Path(path)
         self.feedback = Feedback(self.path)
         self._lock, self._laying, self._comparing = threading.Lock(), threading.Lock(), threading.Lock()
-        self._open = Index.open(self.path)
+        self.opened = Index.open(self.path)
         self._looked = time.monotonic()
-        source = Path(self._open.head.source)
+        source = Path(self.opened.head.source)
         home = [source if source.is_dir() else source.parent] if source.exists() else []
         given = [Path(root) for root in roots] or home
         self.roots = [root.resolve() for root in given]
         self._columns: tuple[str, list[Column]] | None = None
-        self._chosen: tuple[tuple[str, frozenset[str]], Retriever] | None = None
+        self._chosen: tuple[Index, frozenset[str], Retriever] | None = None
         self._corrected: tuple[tuple[str, int], list[Corrected]] | None = None
-        if "text" in self._open.bundle.towers or self._open.head.texts:  # the first search shall not be the slow one
+        if "text" in self.opened.bundle.towers or self.opened.head.texts:  # the first search shall not be the slow one
             with contextlib.suppress(EmbedderError):
-                self._open.search("warm", k=1)
+                self.opened.search("warm", k=1)
 
     @property
     def index(self) -> Index:
-        """The index as the last build left it."""
+        """The index as the last build left it. It may be opened here: ask for `opened` where nothing may take long."""
         with self._lock:
-            if time.monotonic() - self._looked > LOOK:
+            due = time.monotonic() - self._looked > LOOK
+            if due:  # one caller looks; the others go on with what is open
                 self._looked = time.monotonic()
-                # A build in progress, or one that was killed, leaves the old state readable: that is served on.
-                with contextlib.suppress(StoreError):
-                    if self._open.stale:
-                        fresh = Index.open(self.path)
-                        # Searches that still run on the old one hold it; its files are swept by the next build.
-                        self._open = fresh
-            return self._open
+        if due:
+            # A build in progress, or one that was killed, leaves the old state readable: that is served on.
+            with contextlib.suppress(StoreError, BundleError):
+                if self.opened.stale:
+                    # Searches that still run on the old one hold it; its files are swept by the next build.
+                    self.opened = Index.open(self.path)
+        return self.opened
 
     def search(
         self,
@@ -78,31 +87,33 @@ class Service:
         where: Where | None = None,
         within: Collection[str] | None = None,
         **wanted: Any,
-    ) -> tuple[list[Hit], list[str]]:
-        """`Retriever.search` on the newest state, and what to know of its answer.
+    ) -> Found:
+        """`Retriever.search` on the newest state.
 
         `within` leaves these items only, compared one by one with their own vectors. Where a text embedder elsewhere
         does not answer, the items' own space does, and a note says so.
         """
-        index = self.index if within is None else self._part(within)
+        asked = self.index.retriever if within is None else self._part(within)
+        notes = []
         try:
-            return index.search(image=image, where=where, **wanted), []
+            hits = asked.search(image=image, where=where, **wanted)
         except EmbedderError as error:
-            if wanted.get("via", "both") != "both" or "text" not in index.bundle.towers:
+            if wanted.get("via", "both") != "both" or "text" not in asked.bundle.towers:
                 raise
-            found = index.search(image=image, where=where, **{**wanted, "via": "items"})
-            return found, [f"The texts could not be asked; these are found without them. {error}"]
+            hits = asked.search(image=image, where=where, **{**wanted, "via": "items"})
+            notes = [f"The texts could not be asked; these are found without them. {error}"]
+        return Found(hits, notes, asked.no_good_match(hits))
 
     def _part(self, ids: Collection[str]) -> Retriever:
         """A search among some items; the last one is kept, since one who chose them asks more than once."""
         index, names = self.index, frozenset(ids)
         with self._lock:
             kept = self._chosen
-        if kept is None or kept[0] != (index.head.snapshot, names):
-            kept = (index.head.snapshot, names), Retriever(index.bundle, Part(index.store, names))
+        if kept is None or kept[0] is not index or kept[1] != names:
+            kept = index, names, Retriever(index.bundle, Part(index.store, names))
             with self._lock:
                 self._chosen = kept
-        return kept[1]
+        return kept[2]
 
     def browse(
         self, *, k: int, offset: int = 0, where: Where | None = None, within: Collection[str] | None = None
@@ -203,4 +214,4 @@ class Service:
             return self._corrected[1]
 
     def close(self) -> None:
-        self._open.close()
+        self.opened.close()

@@ -550,6 +550,8 @@ call("/api/v1/facts").then((found) => {
   facts = found;
   document.title = `${found.items.toLocaleString()} items · twofold`;
   $("changes-toggle").hidden = !found.corrected;
+  $("hints").hidden = !found.hints.length;
+  $("hints").textContent = found.hints.join(" ");
   renderFilters();
   nameExamples();
   return search();
