@@ -178,7 +178,7 @@ FAILURES: dict[str, Plan] = {
     ),
     "simclr, 64 pictures and their copies": Plan(changed("simclr"), ("duplicate data",), SIMCLR, copies=True),
     "simclr, copies, both views from one draw": Plan(
-        with_one_draw, ("below what copies allow", "positives at 1"), SIMCLR, copies=True
+        with_one_draw, ("below what copies allow", "positives at 1"), SIMCLR, copies=True, steps=2 * STEPS
     ),
     "moco, batches of 16": Plan(
         changed("moco"), ("the batch gives partners away",), OPTIONS["moco"], batch=16, steps=16 * STEPS

@@ -19,7 +19,7 @@ from twofold.data.sources import open_source
 from twofold.errors import UsageError
 from twofold.measure import findings
 from twofold.measure.collapse import health
-from twofold.measure.copies import loss_allowed, picture_groups
+from twofold.measure.copies import loss_allowed, picture_groups, small
 from twofold.measure.hubness import gap
 from twofold.measure.metrics import Interval
 from twofold.measure.negatives import of_pairs, of_views
@@ -27,6 +27,7 @@ from twofold.models.bundle import Bundle
 from twofold.models.ema import Ema
 from twofold.models.tokens import patches
 from twofold.objectives import masked_pixels, nt_xent
+from twofold.train import trackers
 from twofold.train.doctor import doctor
 from twofold.train.doctor_page import page
 from twofold.train.masked import by_distance, predicted
@@ -67,10 +68,10 @@ def test_copies_are_found_by_what_they_look_like():
     Image.fromarray(levels).resize((32, 32)).save(file, "JPEG", quality=90)
     again = np.array(Image.open(file).resize((40, 40))) / 255
     pictures[5] = torch.tensor(again).permute(2, 0, 1).float()
-    groups = picture_groups(pictures)
+    groups = picture_groups(small(pictures))
     assert groups[1] == groups[3] and groups[2] == groups[5] and len(set(groups.tolist())) == 4
     pictures[3] = pictures[1].flip(0)  # of other colours: no print sees that
-    assert len(set(picture_groups(pictures).tolist())) == 5
+    assert len(set(picture_groups(small(pictures)).tolist())) == 5
 
 
 def test_the_loss_that_copies_allow_is_what_copies_that_are_one_cost():
@@ -208,6 +209,36 @@ def test_what_nothing_can_be_sent_to_is_refused():
     with pytest.raises(UsageError, match="tensorboard"), tracked("tensorbord:x", "a", {}):
         pass
     with pytest.raises(UsageError, match="PROJECT"), tracked("wandb", "a", {}):
+        pass
+
+
+def test_a_tracker_that_fails_costs_no_training(monkeypatch, capsys):
+    told: list[int] = []
+
+    def opened(place, name, config):
+        def tell(line):
+            if line["step"] == 2:
+                raise ConnectionError("the server went away\nwith a long story")
+            told.append(line["step"])
+
+        return tell, lambda: None
+
+    monkeypatch.setattr(trackers, "_mlflow", opened)
+    with tracked("mlflow:http://board", "a", {}) as tell:
+        for step in (1, 2, 3):
+            tell({"step": step, "loss": 1.0})
+    assert told == [1]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "told nothing more (from step 2 on): ConnectionError: the server went away" in said and "story" not in said
+
+    def refused(place, name, config):
+        raise OSError("nobody listens")
+
+    monkeypatch.setattr(trackers, "_mlflow", refused)
+    with (
+        pytest.raises(UsageError, match="http://board could not be opened: OSError: nobody"),
+        tracked("mlflow:http://board", "a", {}),
+    ):
         pass
 
 

@@ -276,6 +276,11 @@ def test_uniformity_equals_the_loop_over_pairs_also_in_blocks(monkeypatch):
     assert uniformity(z) == pytest.approx(expected, abs=1e-5)
 
 
+def test_rows_of_zeros_are_one_point():
+    assert uniformity(torch.zeros(5, 3)) == pytest.approx(0, abs=1e-6)
+    assert spread(torch.zeros(5, 3)) == 0
+
+
 def test_uniformity_of_opposite_points_and_of_a_wide_sphere():
     assert uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(-8, abs=1e-2)
     assert uniformity(noise(500, 512)) == pytest.approx(-4, abs=0.05)

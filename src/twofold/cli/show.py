@@ -120,6 +120,9 @@ def print_verdicts(done: Any) -> None:
         CONSOLE.print(f"    {verdict.evidence}", highlight=False, markup=False, style="dim")
         if verdict.advice:
             CONSOLE.print(f"    → {verdict.advice}", highlight=False, markup=False)
+    for side in done.sides:
+        if side.promise:
+            CONSOLE.print(f"  {side.promise}", highlight=False, markup=False)
 
 
 def print_report(reported: tuple[Any, Path] | None) -> None:

@@ -48,10 +48,11 @@ def uniformity(z: Matrix) -> float:
     n = len(u)
     if n < 2:
         raise DataError("Uniformity compares rows with each other and needs at least two; got 1.")
+    lengths = u.square().sum(1)  # 1, or 0 for a row of zeros
     total = -float(n)  # each row with itself
     for block in row_blocks(n, n):
-        cosines = u[block] @ u.T
-        total += (4 * (cosines - 1)).exp_().sum(dtype=torch.float64).item()  # ‖x − y‖² = 2 − 2cos
+        distances = lengths[block, None] + lengths - 2 * (u[block] @ u.T)
+        total += distances.mul_(-2).exp_().sum(dtype=torch.float64).item()
     return math.log(total / (n * (n - 1)))
 
 

@@ -13,13 +13,18 @@ BITS = 6  # of 64 that two prints of one picture may differ in
 CELLS, CELL = 8, 0.06  # along a thumbnail; what the same cell of two copies may differ by, of 1: prints see no colour
 
 
-def picture_groups(pictures: Float[Tensor, "n c h w"]) -> Int[np.ndarray, "n"]:
-    """A number for each picture (floats in 0..1), the same for copies of one, also if they are of other compression."""
-    small = F.interpolate(pictures.float(), size=(SIDE, SIDE), mode="bilinear", antialias=True)
-    prints = perceptual_hashes(small)
-    thumbs = F.adaptive_avg_pool2d(small, CELLS).flatten(1)
-    group = np.full(len(pictures), -1)
-    for row in range(len(pictures)):
+def small(pictures: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c 32 32"]:
+    """Pictures as they are compared."""
+    return F.interpolate(pictures.float(), size=(SIDE, SIDE), mode="bilinear", antialias=True)
+
+
+def picture_groups(smalls: Float[Tensor, "n c 32 32"]) -> Int[np.ndarray, "n"]:
+    """A number for each picture (`small`, of floats in 0..1), the same for copies of one, also if they are of other
+    compression."""
+    prints = perceptual_hashes(smalls)
+    thumbs = F.adaptive_avg_pool2d(smalls, CELLS).flatten(1)
+    group = np.full(len(smalls), -1)
+    for row in range(len(smalls)):
         if group[row] >= 0:
             continue
         alike = (prints[row] @ prints.T >= 64 - 2 * BITS) & torch.as_tensor(group < 0)

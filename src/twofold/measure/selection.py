@@ -17,7 +17,7 @@ from twofold.measure.metrics import CELLS, TIE, Interval, Matrix, row_blocks, un
 from twofold.models.bundle import Bundle
 from twofold.models.encoders import ImageEncoder, device_of, inference
 from twofold.runtime import generator
-from twofold.views import policies
+from twofold.views import Policy, policies
 
 BATCH, VIEWED = 64, 512  # pictures embedded at once; pictures whose views are compared
 BEST = "view retrieval"
@@ -137,6 +137,12 @@ def _spearman(
     return np.divide(product, length, out=np.zeros_like(product), where=length > 0)
 
 
+def judging(name: str, size: int, channels: int) -> Policy:
+    """The views by which models are judged, whatever they trained with: pixels in 0..1, at the encoder's size."""
+    policy = replace(policies(name)[0], size=size, mean=(), std=())
+    return policy if channels == 3 else policy.without("saturation", "hue", "gray")
+
+
 def how_far(name: str = BEST) -> str:
     """How far a score can be trusted, in words; where it went with accuracy in no sure way, it says so."""
     trust = TRUST[name]
@@ -166,8 +172,7 @@ def looked_at(
             raise DataError(
                 f"{source.name} has {len(pixels)} readable pictures; eight are the least to say anything of."
             )
-        judge = replace(policies(policy)[0], size=size, mean=(), std=())
-        plain = replace(policies("none")[0], size=size, mean=(), std=())
+        judge, plain = (judging(each, size, tower.encoder.channels) for each in (policy, "none"))
         draw, device = generator("selection"), device_of(tower)
 
         def embedded(view, pictures: Tensor, draw=draw, device=device, tower=tower) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from twofold import runtime
 from twofold.data.cache import decoded
@@ -18,13 +19,14 @@ from twofold.data.video import watch
 from twofold.errors import DataError, TrainingError, UsageError
 from twofold.measure import findings
 from twofold.measure.collapse import Health, health
-from twofold.measure.copies import loss_allowed, picture_groups
+from twofold.measure.copies import loss_allowed, picture_groups, small
 from twofold.measure.diagnosis import Verdict, diagnose, examined
 from twofold.measure.embed import embed
 from twofold.measure.hubness import Gap, gap
 from twofold.measure.layout import layout
 from twofold.measure.metrics import unit_rows
 from twofold.measure.negatives import Microscope, of_bank, of_pairs, of_views
+from twofold.measure.selection import how_far, judging, view_retrieval
 from twofold.measure.shortcuts import shortcuts
 from twofold.measure.structure import Comparison, Structure, compare_spaces, nearest, structure
 from twofold.methods import METHODS, VJEPA, Method
@@ -69,6 +71,14 @@ class Side(NamedTuple):
     neighbours: list[Neighbours]
     places: Float[np.ndarray, "m 2"]  # on the map, 0..1, of the items `mapped`
     mapped: list[int]
+    view_retrieval: float | None = None  # of pictures: by views that are the same for all encoders
+
+    @property
+    def promise(self) -> str:
+        """What to set beside another run's on the same pictures where there are no labels, and how far to trust it."""
+        if self.view_retrieval is None:
+            return ""
+        return f"view retrieval {self.view_retrieval:.2f}, to set beside other runs' on these pictures. {how_far()}"
 
 
 class Against(NamedTuple):
@@ -193,25 +203,26 @@ def _of_pictures(
     tower, head = bundle.towers["image"], bundle.heads.get("image")
     pixels, kept, z = _seen(tower, data, quiet)
     data = data.take(kept)
-    pictures = _floats(pixels)
     few = pixels[:OF]
     name = method_name(done.record)
     policies = _views(done.record, name, int(tower.encoder.spec["size"]))
     draw = runtime.generator(seed, "doctor")
-    seen = [policies[k % len(policies)](few, draw) for k in range(VIEWS)]
-    features = [_encoded(tower, view) for view in seen]
-    behind = [_encoded(head, view) for view in seen] if head is not None else features
+    looks = [policies[k % len(policies)] for k in range(VIEWS)]
+    made = [_viewed((tower,) if head is None else (tower, head), look, few, draw) for look in looks]
+    features, behind = [each[0] for each in made], [each[-1] for each in made]
     found = health(z, torch.stack(features, 1))
     headed = health(torch.cat(behind[:2]), torch.stack(behind, 1)) if head is not None else None
 
-    groups = picture_groups(pictures)
+    groups = picture_groups(torch.cat([small(_floats(some)) for some in pixels.split(BATCH)]))
     at = temperature or _temperature(done.record) or DEFAULT
     same = {"copies": _same(groups[:OF])}
     if data.labels is not None:
         same["one label"] = _same(data.labels[:OF])
     batch = of_views(behind[0], behind[1], temperature=at, same=same, alike=ALIKE)
     microscopes = {"batch": batch}
-    plain = _encoded(head, policies[0].only()(pixels, draw)) if head is not None else z
+    plain = z
+    if head is not None:
+        (plain,) = _viewed((head,), policies[0].only(), pixels, draw)
     own = torch.eye(len(plain), dtype=torch.bool)[: len(behind[0])]
     microscopes["corpus"] = of_bank(behind[0], behind[1], plain, temperature=at, alike=ALIKE, excluded=own)
 
@@ -231,15 +242,17 @@ def _of_pictures(
         queue = getattr(method, "queue", None)
         if queue is not None:
             microscopes["queue"] = of_bank(behind[0], behind[1], queue.keys, temperature=at, alike=ALIKE)
-        if contrasts and (leaks := leak(method, (seen[0], seen[1]), batch=min(trained_on, len(few) // 2))) is not None:
-            verdicts += findings.of_leak(*leaks)
+        if contrasts:
+            pair = looks[0](few, draw), looks[1](few, draw)
+            leaks = leak(method, pair, batch=min(trained_on, len(few) // 2))
+            verdicts += findings.of_leak(*leaks) if leaks is not None else []
         if name and FACTS[name].patches:
             hidden = predicted(method, policies[0](few[:BATCH], draw), seed=seed)
             verdicts += findings.of_predictions(hidden.by_distance, hidden.constant) if hidden else []
     return done._replace(
         verdicts=verdicts,
-        shown=_shown(data, _thumbnails(pictures)),
-        sides=[_side("image", z, data, found, headed, seed)],
+        shown=_shown(data, _thumbnails(pixels)),
+        sides=[_side("image", z, data, found, headed, seed)._replace(view_retrieval=_promise(tower, few, seed))],
         microscopes=microscopes,
         predicted=hidden,
         policy=np.asarray(
@@ -265,6 +278,14 @@ def _seen(tower: Tower, data: Source, quiet: bool) -> tuple[Tensor, np.ndarray, 
     return pictures, kept, torch.cat(parts)
 
 
+def _promise(tower: Tower, few: Tensor, seed: int) -> float:
+    """View retrieval by the views that judge all encoders, not by those of the run."""
+    judge = judging("simclr", int(tower.encoder.spec["size"]), few.shape[1])
+    draw = runtime.generator(seed, "judge")
+    first, second = (_viewed((tower,), judge, few, draw)[0] for _ in range(2))
+    return view_retrieval(first, second)
+
+
 def _method(place: Path, record: Mapping[str, Any]) -> Method | None:
     """The run's method; None where there is none that can be put together again from its record."""
     try:
@@ -281,6 +302,18 @@ def _floats(pictures: Tensor) -> Float[Tensor, "b c h w"]:
 def _encoded(tower: Tower, pictures: Tensor) -> Float[Tensor, "n d"]:
     with inference(tower), torch.no_grad():
         return torch.cat([tower(batch).float().cpu() for batch in pictures.split(BATCH)])
+
+
+def _viewed(
+    towers: Sequence[Tower], policy: Policy, pixels: Tensor, draw: torch.Generator
+) -> list[Float[Tensor, "n d"]]:
+    """What each tower makes of a view of each picture; no more than a batch of views is held."""
+    parts: list[list[Tensor]] = [[] for _ in towers]
+    for some in pixels.split(BATCH):
+        view = policy(some, draw)
+        for tower, made in zip(towers, parts, strict=True):
+            made.append(_encoded(tower, view))
+    return [torch.cat(made) for made in parts]
 
 
 def _views(record: Mapping[str, Any], name: str, size: int) -> tuple[Policy, ...]:
@@ -391,7 +424,7 @@ def _pictured(data: Source) -> UInt8[np.ndarray, "n h w 3"] | None:
         return None
     pixels, kept, _ = decoded(data, 2 * SIDE)
     shown = np.full((len(data), SIDE, SIDE, 3), 128, np.uint8)
-    shown[kept] = _thumbnails(_floats(torch.tensor(pixels)))
+    shown[kept] = _thumbnails(torch.tensor(pixels))
     return shown
 
 
@@ -439,8 +472,9 @@ def _shown(data: Source, thumbnails: UInt8[np.ndarray, "n h w 3"] | None) -> Sho
     return Shown(list(data.ids), words, thumbnails)
 
 
-def _thumbnails(pictures: Float[Tensor, "n c h w"]) -> UInt8[np.ndarray, "n h w 3"]:
+def _thumbnails(pictures: Tensor) -> UInt8[np.ndarray, "n h w 3"]:
     side = min(SIDE, pictures.shape[-1])
-    small = torch.nn.functional.interpolate(pictures, size=(side, side), mode="area")
-    rgb = small[:, :3] if small.shape[1] >= 3 else small[:, :1].expand(-1, 3, -1, -1)
+    parts = [interpolate(_floats(some), size=(side, side), mode="area") for some in pictures.split(BATCH)]
+    shrunk = torch.cat(parts)
+    rgb = shrunk[:, :3] if shrunk.shape[1] >= 3 else shrunk[:, :1].expand(-1, 3, -1, -1)
     return (rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()

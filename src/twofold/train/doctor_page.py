@@ -178,6 +178,7 @@ def markdown(done: Doctored) -> str:
         heads = [("encoder", side.health), *([("behind the head", side.head)] if side.head else [])]
         out += ["", f"| {side.name} | " + " | ".join(name for name, _ in heads) + " |", "|---" * (1 + len(heads)) + "|"]
         out += [f"| {words} | {' | '.join(cells)} |" for words, *cells in _figures([each for _, each in heads])]
+        out += ["", _sentence(side.promise)] if side.promise else []
         names = [group.name for group in side.structure.groups]
         out += [""] + [
             f"* {names[border.first]} | {names[border.second]}: {100 * border.share:.0f} % of neighbours lie across"
@@ -251,7 +252,12 @@ def _healths(done: Doctored) -> str:
             f"<p>The means of the two sides lie {done.gap.distance:.2f} apart; that is {100 * done.gap.share:.0f} % of "
             "the mean squared distance between an item of one and an item of the other.</p>"
         )
+    said += "".join(f"<p>{escape(_sentence(side.promise))}</p>" for side in done.sides if side.promise)
     return f'{_table(_figures(columns), ("", *heads))}{said}<div class="plots">{"".join(plots)}</div>'
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:

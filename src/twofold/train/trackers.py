@@ -4,11 +4,12 @@ What is sent is what the log says, line by line. Each library is an extra of its
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from twofold.errors import UsageError, unknown
+from twofold.progress import TERMINAL
 
 Tell = Callable[[Mapping[str, Any]], None]
 KINDS = ("tensorboard", "wandb", "mlflow")
@@ -19,7 +20,8 @@ def tracked(where: str | None, name: str, config: Mapping[str, Any]) -> Iterator
     """Gives what a line of the log is told to; `where` is tensorboard:DIR, wandb:PROJECT or mlflow:URI, or None.
 
     The run is called `name`, and `config` says how it was asked for. A run that is resumed goes on under its name
-    (TensorBoard drops what a killed run had written beyond the checkpoint; W&B and MLflow start a further run).
+    (TensorBoard drops what a killed run had written beyond the checkpoint; W&B and MLflow start a further run). A place
+    that cannot be opened raises UsageError; one that fails later is told nothing more, and the training goes on.
     """
     if where is None:
         yield lambda line: None
@@ -34,10 +36,30 @@ def tracked(where: str | None, name: str, config: Mapping[str, Any]) -> Iterator
         tell, close = opened(place, name, config)
     except ImportError as error:
         raise UsageError(f"{where} takes the package {kind}: pip install 'twofold[{kind}]'.") from error
+    except Exception as error:  # each library has errors of its own
+        raise UsageError(f"{where} could not be opened: {_first_line(error)}") from error
+    lost = False
+
+    def told(line: Mapping[str, Any]) -> None:
+        nonlocal lost
+        if lost:
+            return
+        try:
+            tell(line)
+        except Exception as error:
+            lost = True
+            said = f"  {where} is told nothing more (from step {line['step']} on): {_first_line(error)}"
+            TERMINAL.print(said, highlight=False, markup=False)
+
     try:
-        yield tell
+        yield told
     finally:
-        close()
+        with suppress(Exception):
+            close()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
 
 
 def figures(line: Mapping[str, Any]) -> dict[str, float]:
