@@ -181,7 +181,11 @@ FAILURES: dict[str, Plan] = {
         with_one_draw, ("below what copies allow", "positives at 1"), SIMCLR, copies=True, steps=2 * STEPS
     ),
     "moco, batches of 16": Plan(
-        changed("moco"), ("the batch gives partners away",), OPTIONS["moco"], batch=16, steps=16 * STEPS
+        changed("moco", queue=256),
+        ("the batch gives partners away",),
+        {**OPTIONS["moco"], "queue": 256},
+        batch=16,
+        steps=16 * STEPS,
     ),
 }
 HEALTHY = {name: healthy(name) for name in RECIPES} | {name: of_patches(name) for name in ("mae", "ijepa")}

@@ -101,6 +101,9 @@ def test_any_two_modalities_come_into_one_space(objective, tmp_path):
     a, b = (bundle.towers[name](torch.from_numpy(np.stack(held.column(name).cells))) for name in VECTORS)
     of = torch.arange(len(held))
     assert agreement(a, b, of, of) == pytest.approx(done.after, abs=1e-6), "the bundle holds the best weights"
+    looked = [line for line in done.run.log if "hardest" in line]
+    assert looked, "with each checkpoint the log says how hard the negatives are"
+    assert all(line["positive"] <= 1 and -1 <= line["hardest"] <= 1 and 0 < line["sharing"] <= 1 for line in looked)
 
 
 def test_agreement_is_the_mean_of_six_recalls():
@@ -493,6 +496,18 @@ def test_mined_negatives_come_into_the_batches(tmp_path, no_training):
     with pytest.raises(UsageError, match="go with clip and siglip"):
         recipe = replace(SMALL, objective="triplet")
         align(pairs, out=tmp_path, towers=VECTORS, recipe=recipe, negatives=tmp_path / "hard.jsonl", quiet=True)
+
+
+def test_with_mined_negatives_the_scale_and_bias_are_kept_for_calibration(tmp_path):
+    pairs = vectors()
+    ids = pairs.split("train").ids
+    (tmp_path / "hard.jsonl").write_text("".join('{"anchor": "", "positive": "", "negative_1": ""}\n' for _ in ids))
+    named = [{"anchor_id": id, "positive_id": id, "negative_1_id": ids[i - 1]} for i, id in enumerate(ids)]
+    (tmp_path / "hard.ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    recipe = replace(SMALL, epochs=1)
+    hard = tmp_path / "hard.jsonl"
+    done = align(pairs, out=tmp_path / "run", towers=VECTORS, recipe=recipe, negatives=hard, quiet=True)
+    assert done.bundle.meta["siglip"]["scale"] > 0 and "hardest" in done.run.log[-1]
 
 
 def test_an_encoder_in_chunks_learns_what_it_learns_at_once(pictures, pretrained, tmp_path):

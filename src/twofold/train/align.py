@@ -26,6 +26,7 @@ from twofold.data.sources import Modality, Source, content_key
 from twofold.errors import DataError, UsageError, unknown
 from twofold.measure.embed import Embedded, embed
 from twofold.measure.metrics import CELLS, TIE, row_blocks
+from twofold.measure.negatives import of_pairs
 from twofold.methods import CLIP, VSE, Method, SigLIP
 from twofold.methods.negatives import WithNegatives
 from twofold.methods.pair import View
@@ -35,6 +36,7 @@ from twofold.models.encoders import encoder
 from twofold.models.heads import Standardize, mlp
 from twofold.models.images import ImageEncoder
 from twofold.progress import TERMINAL
+from twofold.train.hardness import hardness_of
 from twofold.train.loop import Run, Watch, fit
 from twofold.train.lora import low_rank
 from twofold.train.mine import normalised, read_negatives
@@ -47,6 +49,8 @@ Objective = Literal["siglip", "clip", "triplet"]
 SCALE = 25.0  # where SigLIP's scale ends on small data; from the paper's 10 it is still on its way when training ends
 KNOWING = 0.1  # the rate of heads that start as the identity, as a part of `lr`
 ROWS = 64  # items that an encoder takes at a time when they are only looked at
+LOOKED_AT = 512  # pairs whose negatives are looked at
+PAIRED = 0.07  # the temperature of that, where an objective has none
 SAMPLE = 1000  # pairs, to see whether two encoders share a space
 TOWERS: Mapping[Modality, str] = {"image": "efficientnet-lite0", "text": "minilm"}
 
@@ -162,10 +166,11 @@ def align(
         shares=weighed.shares(train, towers) if weighed else None,
         quiet=quiet,
     )
-    watch = None
+    watch, probes = None, {}
     if held is not None:
         validation = _Validation.of(held, encoders, towers, sides, quiet=quiet)
         watch = Watch(validation, every=batches.steps_per_epoch, patience=recipe.patience, name="recall")
+        probes = {"hardness": validation.hardness}
 
     tuned = [side.encoder for side in sides.values() if side.learns in ("tuned", "lora")]
     with (
@@ -184,6 +189,7 @@ def align(
             chunk=recipe.chunk,
             log_every=batches.steps_per_epoch,
             watch=watch,
+            probes=probes,
             log_to=log_to,
             record={
                 "data": pairs.name,
@@ -197,8 +203,9 @@ def align(
         )
     after = max((line["recall"] for line in run.log if "recall" in line), default=None)
     meta: dict[str, Any] = {"recipe": asdict(recipe), "data": pairs.name}
-    if isinstance(method, SigLIP):  # what makes of a cosine the probability of a pair, at the odds of a batch
-        scale, bias = method.log_scale.detach().exp(), method.bias.detach()
+    core = method.method if isinstance(method, WithNegatives) else method
+    if isinstance(core, SigLIP):  # what makes of a cosine the probability of a pair, at the odds of a batch
+        scale, bias = core.log_scale.detach().exp(), core.bias.detach()
         meta["siglip"] = {"scale": float(scale), "bias": float(bias), "batch": batches.batch}
     if before is not None and after is not None:
         meta["validation"] = {"before": before, "after": after, "step": run.best}
@@ -520,13 +527,37 @@ class _Validation:
         (first, of_first), (second, of_second) = rows
         return agreement(first, second, of_first, of_second)
 
-    def _embedding(self, name: Modality, tower: nn.Module) -> Float[Tensor, "m d"]:
+    def hardness(self, method: Method) -> Mapping[str, float]:
+        """A probe for `fit`: how hard the negatives of the first pairs are, of a text that is their item's first."""
+        towers = method.towers()
+        first, second = (
+            self._embedding(name, towers[name], self.features[name].offsets[:-1][:LOOKED_AT]).cpu()
+            for name in self.sides
+        )
+        if len(first) < 2:
+            return {}
+        core = method.method if isinstance(method, WithNegatives) else method
+        scale = getattr(core, "log_scale", None)
+        seen = of_pairs(
+            first,
+            second,
+            temperature=PAIRED if scale is None else 1 / float(scale.detach().exp()),
+            loss="sigmoid" if isinstance(core, SigLIP) else "softmax",
+        )
+        return hardness_of(seen)
+
+    def _embedding(
+        self, name: Modality, tower: nn.Module, rows: Int[np.ndarray, "m"] | None = None
+    ) -> Float[Tensor, "m d"]:
+        """Of all of a side's rows, or of some."""
         device = next(tower.parameters()).device
+        chosen = np.arange(len(self.features[name].matrix)) if rows is None else rows
         with inference(tower):
             if not self.sides[name].learns:
-                return tower(torch.from_numpy(self.features[name].matrix).to(device)).float()
+                return tower(torch.from_numpy(self.features[name].matrix[chosen]).to(device)).float()
             kind, cells = self.source.column(name)
-            items = [text for texts in cells for text in texts] if kind == "text" else list(cells)
+            every = [text for texts in cells for text in texts] if kind == "text" else list(cells)
+            items = [every[row] for row in chosen]
             one = self.sides[name].encoder
             parts = (one.inputs(items[start : start + ROWS]) for start in range(0, len(items), ROWS))
             return torch.cat([tower(moved(part, device)).float() for part in parts])

@@ -35,7 +35,7 @@ from twofold.models.bundle import Bundle, Tower
 from twofold.models.encoders import encoder as encoder_named
 from twofold.models.encoders import inference
 from twofold.progress import Line
-from twofold.train.align import linked
+from twofold.train.align import PAIRED, linked
 from twofold.train.log import read_log
 from twofold.train.masked import Predicted, predicted
 from twofold.train.restored import leak, method_name, restored, views_of
@@ -50,7 +50,7 @@ SIDE = 48  # pixels a side of a picture on the page
 MAP = 300  # items on the map
 SHEET = 3  # pictures on the sheet of the policy
 ALIKE = 0.95  # of the positive's cosine: a negative that scores so much may be a false one
-DEFAULT, PAIRED = 0.2, 0.07  # the temperature of the microscope where the method has none, and for pairs
+DEFAULT = 0.2  # the temperature of the microscope where the method has none
 ORDER = ("bad", "warn", "good")
 
 

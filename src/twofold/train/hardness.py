@@ -7,7 +7,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from twofold import runtime
-from twofold.measure.negatives import of_views
+from twofold.measure.negatives import Microscope, of_views
 from twofold.methods.base import Method
 from twofold.models.encoders import device_of
 from twofold.views import Policy
@@ -32,11 +32,11 @@ def hardness(
         tower, head = method.towers()["image"], method.heads()["image"]
         device = device_of(tower)
         z = [torch.cat([head(tower(x.to(device).float())) for x in view.split(BATCH)]) for view in views]
-        seen = of_views(*z, temperature=temperature)
-        return {
-            "positive": seen.agreement,
-            "hardest": seen.hardness,
-            "sharing": seen.now.effective / seen.negatives,
-        }
+        return hardness_of(of_views(*z, temperature=temperature))
 
     return probe
+
+
+def hardness_of(seen: Microscope) -> dict[str, float]:
+    """What the log holds of it."""
+    return {"positive": seen.agreement, "hardest": seen.hardness, "sharing": seen.now.effective / seen.negatives}
