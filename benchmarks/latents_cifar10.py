@@ -64,12 +64,12 @@ def small(*policies: Policy) -> tuple[Policy, ...]:
     return tuple(replace(policy, size=32) for policy in policies)
 
 
-# With momentum .996 the target would be the mean of the last 250 steps, of which there are 1,560.
-_IJEPA = {"predictor": Blocks(3, 64, 2), "least": 16, "momentum": 0.99}
+_IJEPA = {"predictor": Blocks(1, 64, 2), "least": 16}
 RECIPES: dict[str, Recipe] = {
     "simclr": Recipe(SimCLR, small(views.SIMCLR_CIFAR) * 2, 7, {"head": Head(2, 512, 128), "temperature": 0.2}),
     "mae": Recipe(MAE, small(views.MAE), 17, {"decoder": Blocks(2, 64, 2)}),
-    "ijepa": Recipe(IJEPA, small(views.IJEPA), 8, _IJEPA),
+    "ijepa": Recipe(IJEPA, small(views.IJEPA), 10, _IJEPA),
+    "ijepa+pixels": Recipe(IJEPA, small(views.IJEPA), 10, {**_IJEPA, "pixels": 1.0}),
 }
 BASELINES = ("pixels", "untrained")
 

@@ -196,6 +196,21 @@ def test_a_target_that_says_the_same_everywhere_shows_in_the_log():
     assert collapsed < 1e-6
 
 
+def test_ijepas_pixels_are_maes_error_of_the_same_blocks_beside_the_tokens():
+    method, batch = ijepa(pixels=0.5), pictures()
+    x = batch["image"] / 255
+    keep, hidden = multiblock(6, (4, 4), draw=after_views(method, batch))
+    answers = method.predictor(method.tokens(x, keep), keep, hidden)
+    assert answers.shape[-1] == 16 + 48
+    tokens = latent_regression(answers[..., :16], taken(method.target(x), hidden)).mean()
+    pixels = masked_pixels(answers[..., 16:], taken(patches(method.tokens.standard(x), (4, 4)), hidden)).mean()
+    out = method(batch, runtime.generator(0))
+    torch.testing.assert_close(out.loss, tokens + 0.5 * pixels)
+    torch.testing.assert_close(out.parts["pixels"], pixels.detach())
+    out.loss.backward()
+    assert method.predictor.answer.weight.grad[16:].abs().sum() > 0
+
+
 @pytest.mark.parametrize("method", [mae, ijepa])
 def test_a_batch_in_chunks_is_refused_since_no_samples_are_compared(method, tmp_path):
     class Batches:
@@ -211,6 +226,8 @@ def test_a_batch_in_chunks_is_refused_since_no_samples_are_compared(method, tmp_
 def test_what_cannot_be_is_refused_when_it_is_built():
     with pytest.raises(UsageError, match="momentum"):
         ijepa(momentum=1.0)
+    with pytest.raises(UsageError, match="pixels weighs"):
+        ijepa(pixels=-1.0)
     with pytest.raises(UsageError, match="Of 16 patches"):
         mae(share=1.0)(pictures(), runtime.generator(0))
     with pytest.raises(UsageError, match="plain vision transformer"):
@@ -269,6 +286,20 @@ def test_vjepas_loss_is_the_mean_l1_behind_both_masks():
         keep, hidden = mask(3, method.tokens.grid, draw=draw)
         target = F.layer_norm(taken(method.target(x), hidden), (16,))
         losses.append((method.predictor(method.tokens(x, keep), keep, hidden) - target).abs().mean())
+    torch.testing.assert_close(method(batch, runtime.generator(0)).loss, sum(losses) / 2)
+
+
+def test_vjepas_pixels_are_those_of_the_tubes_both_frames_normalised_as_one_patch():
+    method, batch = vjepa(pixels=2.0), {"video": clips()}
+    draw = runtime.generator(0)
+    x, losses = alike(method.policies[0], batch["video"], draw), []
+    true = tubelets(method.tokens.standard(x), (2, 8, 8))
+    for mask in (SHORT, LONG):
+        keep, hidden = mask(3, method.tokens.grid, draw=draw)
+        answers = method.predictor(method.tokens(x, keep), keep, hidden)
+        tokens = latent_regression(answers[..., :16], taken(method.target(x), hidden), beta=0.0)
+        losses.append((tokens + 2 * masked_pixels(answers[..., 16:], taken(true, hidden))).mean())
+    assert answers.shape[-1] == 16 + 2 * 12
     torch.testing.assert_close(method(batch, runtime.generator(0)).loss, sum(losses) / 2)
 
 

@@ -51,3 +51,9 @@ def check_positive(name: str, value: float) -> None:
     """A UsageError when a method is built, rather than an error of its objective in the first step."""
     if not value > 0:
         raise UsageError(f"{name} must be greater than 0; got {value}.")
+
+
+def check_weight(name: str, value: float) -> None:
+    """A UsageError where what weighs one part of a loss is below 0; at 0 the part is left out."""
+    if not value >= 0:
+        raise UsageError(f"{name} weighs a part of the loss, 0 or more; got {value}.")

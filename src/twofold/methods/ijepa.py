@@ -1,9 +1,11 @@
 """I-JEPA — Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture (arXiv 2301.08243).
 
 From the patches of a large block, predict what a slowly moving copy of the encoder, which sees the whole picture, makes
-of four smaller blocks (section 3). What cannot be predicted, noise and texture, the copy need not say.
+of four smaller blocks (section 3). What cannot be predicted, noise and texture, the copy need not say. By choice the
+pixels of the hidden patches are predicted too, as in BootMAE (arXiv 2207.07116): targets that no copy can forget.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -13,12 +15,12 @@ from torch import nn
 
 from twofold import views
 from twofold.errors import UsageError
-from twofold.methods.base import Method, Out
+from twofold.methods.base import Method, Out, check_weight
 from twofold.models.ema import Ema
 from twofold.models.images import ImageEncoder
 from twofold.models.predictor import Blocks, Predictor
-from twofold.models.tokens import Tokens
-from twofold.objectives import latent_regression, token_variance
+from twofold.models.tokens import Tokens, patches
+from twofold.objectives import latent_regression, masked_pixels, token_variance
 from twofold.runtime import gather
 from twofold.views import Policy
 from twofold.views.masks import multiblock, taken
@@ -28,7 +30,7 @@ class IJEPA(Method):
     """`encoder` is a vision transformer, such as timm:vit_tiny_patch16_224/4; `momentum` rises to 1 in a line.
 
     `blocks` rectangles of a `scale` of the grid's area are predicted from what they leave of a square of the scale
-    `context`: `least` patches or more, wherever ten tries find so many.
+    `context`: `least` patches or more, wherever ten tries find so many. `pixels` weighs their pixels' error.
     """
 
     smallest_batch = 1
@@ -44,23 +46,32 @@ class IJEPA(Method):
         context: tuple[float, float] = (0.85, 1.0),
         least: int = 10,
         momentum: float = 0.996,
+        pixels: float = 0.0,
     ):
         super().__init__()
         if not 0 <= momentum < 1:
             raise UsageError(f"momentum starts in [0, 1) and rises to 1; got {momentum}.")
+        check_weight("pixels", pixels)
         self.tokens, self.policies, self.momentum = Tokens(encoder), policies, momentum
+        self.pixels = pixels
         self.mask = partial(multiblock, blocks=blocks, scale=scale, context=context, least=least)
-        self.predictor = Predictor(predictor, dim=self.tokens.dim, out=self.tokens.dim, grid=self.tokens.grid)
+        painted = math.prod(self.tokens.patch) * encoder.channels if pixels else 0  # beside a token, in one answer
+        self.predictor = Predictor(predictor, dim=self.tokens.dim, out=self.tokens.dim + painted, grid=self.tokens.grid)
         self.target = Ema(self.tokens)
 
     def forward(self, batch: Mapping[str, Any], draw: torch.Generator) -> Out:
         x = self.policies[0](batch["image"], draw)
         keep, hidden = self.mask(len(x), self.tokens.grid, draw=draw).to(x.device)
-        predicted = self.predictor(self.tokens(x, keep), keep, hidden)
+        answers = self.predictor(self.tokens(x, keep), keep, hidden)
         with torch.no_grad():
             h = self.target(x)
-        loss = gather(latent_regression(predicted, taken(h, hidden))).mean()
-        return Out(loss, z=h.mean(1), parts={"target_variance": token_variance(h)})
+        loss = latent_regression(answers[..., : self.tokens.dim], taken(h, hidden))
+        parts = {"target_variance": token_variance(h)}
+        if self.pixels:
+            true = taken(patches(self.tokens.standard(x), self.tokens.patch), hidden)
+            error = masked_pixels(answers[..., self.tokens.dim :], true)
+            loss, parts["pixels"] = loss + self.pixels * error, error.detach().mean()
+        return Out(gather(loss).mean(), z=h.mean(1), parts=parts)
 
     def after_step(self, progress: float) -> None:
         self.target.update(self.tokens, self.momentum + (1 - self.momentum) * progress)

@@ -12,7 +12,7 @@ from torch import nn
 
 from twofold.data.documents import PATCH
 from twofold.errors import UsageError
-from twofold.methods.base import Method, Out
+from twofold.methods.base import Method, Out, check_weight
 from twofold.models.causal import Reader, follows, pooled
 from twofold.models.tokens import patches
 from twofold.objectives import masked_pixels, next_token, next_token_chance
@@ -31,8 +31,7 @@ class Interleaved(Method):
 
     def __init__(self, reader: Reader, *, pixels: float = 0.0):
         super().__init__()
-        if not pixels >= 0:
-            raise UsageError(f"pixels weighs the error of the next patch, 0 or more; got {pixels}.")
+        check_weight("pixels", pixels)
         if pixels and reader.eye.patch is None:
             raise UsageError(
                 "Features of an encoder that has seen the whole picture give the next patch away. "

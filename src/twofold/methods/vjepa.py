@@ -2,6 +2,8 @@
 
 Hide tubes of a clip, places that stay hidden throughout, and predict what a slowly moving copy of the encoder, which
 sees the whole clip, makes of them. Since nothing beside a tube shows what moves inside it, motion must be understood.
+By choice the pixels of the tubes are predicted too, as in VideoMAE (arXiv 2203.12602), beside the copy's tokens as in
+BootMAE (arXiv 2207.07116): targets that no copy can forget.
 """
 
 from collections.abc import Mapping
@@ -14,13 +16,13 @@ from torch import Tensor, nn
 
 from twofold import runtime, views
 from twofold.errors import UsageError
-from twofold.methods.base import Method, Out
+from twofold.methods.base import Method, Out, check_weight
 from twofold.models.clips import ClipEncoder
 from twofold.models.ema import Ema
 from twofold.models.images import ImageEncoder
 from twofold.models.predictor import Blocks, Predictor
-from twofold.models.tokens import ClipTokens
-from twofold.objectives import latent_regression, token_variance
+from twofold.models.tokens import ClipTokens, tubelets
+from twofold.objectives import latent_regression, masked_pixels, token_variance
 from twofold.runtime import gather
 from twofold.views import Policy
 from twofold.views.masks import taken, tubes
@@ -32,7 +34,8 @@ LONG = partial(tubes, blocks=2, scale=(0.7, 0.7))
 class VJEPA(Method):
     """`encoder` is a vision transformer of pictures, whose blocks clips of `frames` [b, t, c, h, w] start from.
 
-    These are `stride` apart in the video, and all of a clip are seen alike. `momentum` rises to 1 in a line.
+    These are `stride` apart in the video, and all of a clip are seen alike. `momentum` rises to 1 in a line, `pixels`
+    weighs the error of the tubes' pixels.
     """
 
     needs = ("video",)
@@ -48,27 +51,36 @@ class VJEPA(Method):
         stride: int = 4,
         tubelet: int = 2,
         momentum: float = 0.998,
+        pixels: float = 0.0,
     ):
         super().__init__()
         if not 0 <= momentum < 1:
             raise UsageError(f"momentum starts in [0, 1) and rises to 1; got {momentum}.")
+        check_weight("pixels", pixels)
         self.tokens = ClipTokens(encoder, frames=frames, tubelet=tubelet)
         self.picture, self.frames, self.stride = encoder.spec, frames, stride
-        self.policies, self.momentum = policies, momentum
-        self.predictor = Predictor(predictor, dim=self.tokens.dim, out=self.tokens.dim, grid=self.tokens.grid)
+        self.policies, self.momentum, self.pixels = policies, momentum, pixels
+        painted = self.tokens.embed.in_features if pixels else 0  # beside a token, in one answer
+        self.predictor = Predictor(predictor, dim=self.tokens.dim, out=self.tokens.dim + painted, grid=self.tokens.grid)
         self.target = Ema(self.tokens)
 
     def forward(self, batch: Mapping[str, Any], draw: torch.Generator) -> Out:
         x = alike(self.policies[0], batch["video"], draw)
         with torch.no_grad():
             h = self.target(x)
-        losses = []
+        losses, errors = [], []
         for mask in (SHORT, LONG):
             keep, hidden = mask(len(x), self.tokens.grid, draw=draw).to(x.device)
-            predicted = self.predictor(self.tokens(x, keep), keep, hidden)
-            losses.append(latent_regression(predicted, taken(h, hidden), beta=0.0))
-        loss = gather(torch.stack(losses).mean(0)).mean()
-        return Out(loss, z=h.mean(1), parts={"target_variance": token_variance(h)})
+            answers = self.predictor(self.tokens(x, keep), keep, hidden)
+            losses.append(latent_regression(answers[..., : self.tokens.dim], taken(h, hidden), beta=0.0))
+            if self.pixels:
+                true = taken(tubelets(self.tokens.standard(x), self.tokens.grid), hidden)
+                errors.append(masked_pixels(answers[..., self.tokens.dim :], true))
+        loss, parts = torch.stack(losses).mean(0), {"target_variance": token_variance(h)}
+        if self.pixels:
+            error = torch.stack(errors).mean(0)
+            loss, parts["pixels"] = loss + self.pixels * error, error.detach().mean()
+        return Out(gather(loss).mean(), z=h.mean(1), parts=parts)
 
     def after_step(self, progress: float) -> None:
         self.target.update(self.tokens, self.momentum + (1 - self.momentum) * progress)

@@ -107,11 +107,15 @@ class ClipTokens(nn.Module):
         time -= time.mean(0)  # of few frames most waves are all but constant
         self.register_buffer("places", (body.pos_embed.detach() + time).flatten(0, 1))
 
+    def standard(self, x: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t c h w"]:
+        """Pixels as the first layer sees them."""
+        return (x - self.mean) / self.std
+
     def forward(
         self, x: Float[Tensor, "b t c h w"], keep: Int[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n {self.dim}"]:
         """The last tokens of the tubelets `keep`, of all where None; no block computes or attends to any other."""
-        tokens = self.embed(tubelets((x - self.mean) / self.std, self.grid)) + self.places
+        tokens = self.embed(tubelets(self.standard(x), self.grid)) + self.places
         return self.norm(self.blocks(tokens if keep is None else taken(tokens, keep)))
 
 

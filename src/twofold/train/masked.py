@@ -72,7 +72,7 @@ def _shown(x: Float[Tensor, "p c h w"]) -> UInt8[np.ndarray, "p h w 3"]:
 def _latents(method: IJEPA | VJEPA, x: Tensor, mask: Masked, grid: tuple[int, ...]) -> Predicted:
     keep, hidden = mask
     h = normal_tokens(method.target(x))
-    guess = method.predictor(method.tokens(x, keep), keep, hidden)
+    guess = method.predictor(method.tokens(x, keep), keep, hidden)[..., : h.shape[-1]]
     error = (guess - taken(h, hidden)).square().mean(-1)
     few = x[:PAINTED]
     there = torch.zeros(len(few), math.prod(grid)).scatter_(1, keep[:PAINTED], 1.0).unflatten(1, grid)
