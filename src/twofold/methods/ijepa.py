@@ -29,8 +29,8 @@ from twofold.views.masks import multiblock, taken
 class IJEPA(Method):
     """`encoder` is a vision transformer, such as timm:vit_tiny_patch16_224/4; `momentum` rises to 1 in a line.
 
-    `blocks` rectangles of a `scale` of the grid's area are predicted from what they leave of a square of the scale
-    `context`: `least` patches or more, wherever ten tries find so many. `pixels` weighs their pixels' error.
+    `blocks` rectangles of a `scale` of the grid's area are predicted from what they leave of a large square: `least`
+    patches or more, wherever ten tries find so many. `pixels` weighs their pixels' error.
     """
 
     smallest_batch = 1
@@ -43,7 +43,6 @@ class IJEPA(Method):
         predictor: Blocks = Blocks(6, 384, 12),  # noqa: B008 — frozen
         blocks: int = 4,
         scale: tuple[float, float] = (0.15, 0.2),
-        context: tuple[float, float] = (0.85, 1.0),
         least: int = 10,
         momentum: float = 0.996,
         pixels: float = 0.0,
@@ -54,7 +53,7 @@ class IJEPA(Method):
         check_weight("pixels", pixels)
         self.tokens, self.policies, self.momentum = Tokens(encoder), policies, momentum
         self.pixels = pixels
-        self.mask = partial(multiblock, blocks=blocks, scale=scale, context=context, least=least)
+        self.mask = partial(multiblock, blocks=blocks, scale=scale, least=least)
         painted = math.prod(self.tokens.patch) * encoder.channels if pixels else 0  # beside a token, in one answer
         self.predictor = Predictor(predictor, dim=self.tokens.dim, out=self.tokens.dim + painted, grid=self.tokens.grid)
         self.target = Ema(self.tokens)
