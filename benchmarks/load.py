@@ -18,7 +18,6 @@ import random
 import subprocess
 import sys
 import time
-from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    with closing(Index.open(given.index)) as index:
+    with Index.open(given.index) as index:
         items = list(index.items())
     column = "group" if "group" in items[0][1] else next(iter(items[0][1]))
     filters = [

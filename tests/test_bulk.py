@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,7 @@ def same(one: Path, other: Path) -> None:
     heads = read_head(one), read_head(other)
     assert heads[0].fingerprint == heads[1].fingerprint
     assert read_items(one, heads[0]) == read_items(other, heads[1])
-    with closing(Index.open(one)) as a, closing(Index.open(other)) as b:
+    with Index.open(one) as a, Index.open(other) as b:
         ids = sorted(a.store.ids())
         assert sorted(b.store.ids()) == ids
         np.testing.assert_allclose(a.store.vectors(ids), b.store.vectors(ids), atol=1e-6)

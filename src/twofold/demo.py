@@ -1,7 +1,6 @@
 """The main job on shipped data, start to end: pictures and words come to share a space, and are searched."""
 
 import time
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def demo(out: Path, *, quiet: bool = False) -> dict[str, Any]:
     console.print(f"  {built.items:,} items in {out / 'index'}", highlight=False)
 
     _heading(console, 6, "Search", "scores are cosines: an order, not a probability")
-    with closing(Index.open(out / "index", aligned.bundle)) as index:
+    with Index.open(out / "index", aligned.bundle) as index:
         answers = [(_asked(query, emoji), index.search(**query, k=SHOWN)) for query in QUERIES]
     console.print(_answers(answers))
 

@@ -1,6 +1,5 @@
 """What people said of an index's hits, made into a model that answers better: feedback in, bundle out."""
 
-from contextlib import closing
 from pathlib import Path
 
 from twofold.data.sources import Source, open_source
@@ -25,7 +24,7 @@ def learn(
     are gone from the index are passed over. `Index.build` with the bundle then takes it over, and keeps how the old
     model answered.
     """
-    with closing(Index.open(index)) as opened:
+    with Index.open(index) as opened:
         there = set(opened.store.ids())
         questions = [
             Question(one.text, right, wrong)
@@ -64,7 +63,7 @@ def export(index: Path | str, out: Path) -> int:
 
     sentence-transformers trains with the file as it is, `align --negatives` reads both.
     """
-    with closing(Index.open(index)) as opened:
+    with Index.open(index) as opened:
         words, ids = Feedback(index).tuples(dict(opened.items()))
     if not words:
         raise UsageError(f"No question in words in {index} has both an item found right and one found wrong.")

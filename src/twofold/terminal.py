@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from twofold.errors import TwofoldError
 from twofold.measure.calibrate import Calibrated
@@ -218,16 +219,19 @@ def arrow(way: str) -> str:
 
 
 def hits_table(hits: Iterable[Hit]) -> Table:
+    """What an item is in words is cut to one line; `--json` has all of it."""
     made = Table(box=None, padding=(0, 2), pad_edge=True)
     hits = list(hits)
     sure, placed = any(hit.probability is not None for hit in hits), any(hit.spaces for hit in hits)
     columns = ["probability"] * sure + ["score"] + ["found by"] * placed + ["id", "what"]
     for column in columns:
-        made.add_column(column, justify="right" if column in ("score", "probability") else "left")
+        right = column in ("score", "probability")
+        made.add_column(column, justify="right" if right else "left", no_wrap=column not in ("id", "what"))
     for hit in hits:
-        promised = [] if not sure or hit.probability is None else [percent(hit.probability)]
+        promised = ["" if hit.probability is None else percent(hit.probability)] * sure
         places = [" · ".join(f"{place.space} {place.rank}" for place in hit.spaces)] if placed else []
-        made.add_row(*promised, f"{hit.score:.3f}", *places, hit.id, described(hit))
+        words = Text(" ".join(described(hit).split()), no_wrap=True, overflow="ellipsis")
+        made.add_row(*promised, f"{hit.score:.3f}", *places, Text(hit.id, overflow="fold"), words)
     return made
 
 

@@ -110,12 +110,11 @@ def calibrate(
 
 
 def _calibrate_index(path: Path, data: "Source", split: str, cost: float, json: bool) -> None:
-    from contextlib import closing
 
     from twofold.retrieve.fit_fusion import fit_fusion, keep
     from twofold.retrieve.index import Index
 
-    with closing(Index.open(path)) as opened:
+    with Index.open(path) as opened:
         done = fit_fusion(opened, data, split=split, cost=cost)
     kept = keep(path, done)
     if json:

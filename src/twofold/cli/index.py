@@ -249,12 +249,11 @@ def _duplicates(path: Path, csv: Path | None, json: bool) -> None:
 
 
 def _corrected(path: Path, json: bool) -> None:
-    from contextlib import closing
 
     from twofold.retrieve.corrected import change, corrected
     from twofold.retrieve.index import Index
 
-    with closing(Index.open(path)) as opened:
+    with Index.open(path) as opened:
         rows = corrected(opened)
     come = change(rows)
     if json:

@@ -65,7 +65,6 @@ def search(
         explain: say how the index is searched, and how much of what is nearest it finds, as measured now
         json: print the result as JSON
     """
-    from contextlib import closing
 
     from twofold.errors import UsageError
     from twofold.retrieve.explain import explain as explained
@@ -82,12 +81,12 @@ def search(
         asked = read_queries(queries)
         if out is not None:
             check_output(out)
-        with closing(Index.open(index)) as opened:
+        with Index.open(index) as opened:
             _answer_all(opened.retriever, asked, named, out, json)
         return
     if out is not None:
         raise UsageError("--out is where the answers to --queries go; there are no --queries.")
-    with closing(Index.open(index)) as opened:
+    with Index.open(index) as opened:
         hits = None
         if one or not explain:
             hits = opened.search(text, image=image, like=like, unlike=unlike, **named)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ run that was interrupted goes on where it stopped.
 import contextlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,21 @@ from twofold import runtime
 from twofold.data.decode import OnError, Skipped, ahead
 from twofold.data.sources import KINDS, Modality, Source, content_key
 from twofold.data.vectors import Vectors
-from twofold.errors import DataError, FingerprintMismatch, UsageError
+from twofold.errors import DataError, DecodeError, FingerprintMismatch, UsageError
 from twofold.models.bundle import Bundle, Tower
 from twofold.models.encoders import ClipEncoder, Encoder, Inputs, device_of, fingerprint, inference, moved
-from twofold.models.fast import accelerate
+from twofold.models.fast import Fast, accelerate
 from twofold.models.tokens import Tokens
 from twofold.progress import Line
 
 BATCH = 64
+APART = 8  # items that one of several threads takes: so few that what it makes of them stays in its core's cache
 SHARD = 2048  # vectors made before they are written down: what a kill can cost
 FEW = 512  # contents; for fewer, exporting the encoder takes longer than running it as it is
 
 Progress = Callable[[int, int], None]
 Parts = Generator[tuple[list[int], np.ndarray], None, None]
+Head = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,18 @@ def embed(
     failed: list[Skipped] = []
     names = [source.ids[owner[index]] for index in todo]
     chosen = [contents[index] for index in todo]
-    run = _runner(Tower(tower.encoder) if vectors is None else tower, len(todo))
+    fast = accelerate(tower.encoder, runtime.cache_dir() / "onnx", threads=1) if len(todo) >= FEW else None
+    several = fast is not None and fast.engine == "onnxruntime"
+    run = _runner(tower.encoder, fast)
     unit = f"{modality}s" if modality in ("image", "text") else "items"
     with Line("embed", unit=unit, quiet=quiet or progress is not None) as line:
         if tower.kind == "text":
-            parts = _texts(tower.encoder, chosen, run)
+            parts = _texts(tower.encoder, chosen, run, several=several)
         else:
-            parts = _decoded(tower.encoder, chosen, names, run, on_error=on_error, failed=failed)
-        _keep(parts, [keys[index] for index in todo], kept_in, progress or line.update)
+            way = _by_several if several else _decoded
+            parts = way(tower.encoder, chosen, names, run, on_error=on_error, failed=failed)
+        head = partial(_headed, tower) if vectors is not None else None
+        _keep(parts, [keys[index] for index in todo], kept_in, progress or line.update, head)
 
     rows = np.array([index for index, key in enumerate(keys) if key in kept_in], np.int64)
     kept, counts = np.unique(owner[rows], return_counts=True)
@@ -173,14 +180,15 @@ def _contents(source: Source, modality: Modality) -> tuple[Sequence[Any], list[s
     return texts, [content_key(text) for text in texts], owner
 
 
-def _runner(tower: Tower, count: int) -> Callable[[Any], np.ndarray]:
-    """What turns a batch of the encoder's inputs into embeddings; the head is small and runs in PyTorch."""
-    device = device_of(tower)
-    encode: Callable = accelerate(tower.encoder, runtime.cache_dir() / "onnx") if count >= FEW else tower.encoder
+def _runner(encoder: Encoder, fast: Fast | None) -> Callable[[Any], np.ndarray]:
+    """What turns a batch of the encoder's inputs into features."""
+    device = device_of(encoder)
 
     def run(x: Inputs) -> np.ndarray:
-        with inference(tower):
-            return tower.head(encode(moved(x, device))).float().cpu().numpy()
+        if fast is not None and fast.engine == "onnxruntime":
+            return fast(x).numpy()
+        with inference(encoder):
+            return (fast or encoder)(moved(x, device)).float().cpu().numpy()
 
     return run
 
@@ -194,7 +202,7 @@ def _decoded(
     on_error: OnError,
     failed: list[Skipped],
 ) -> Parts:
-    """Which items, and their embeddings, batch by batch; threads decode what comes next meanwhile."""
+    """Which items, and their features, batch by batch; threads decode what comes next meanwhile."""
     at: list[int] = []
     batch: list[Any] = []
 
@@ -211,22 +219,59 @@ def _decoded(
         yield at, run(encoder.batch(batch))
 
 
-def _texts(encoder: Encoder, texts: Sequence[str], run: Callable) -> Parts:
-    """Which texts, and their embeddings, batch by batch; texts of one length together, so that little is padding."""
+def _by_several(
+    encoder: Encoder,
+    items: Sequence[Any],
+    names: Sequence[str],
+    run: Callable,
+    *,
+    on_error: OnError,
+    failed: list[Skipped],
+) -> Parts:
+    """The same where several threads may `run` at once: each decodes and encodes its own few, so that no core waits."""
+
+    def work(some: range, _: str) -> tuple[list[int], np.ndarray, list[Skipped]]:
+        at, prepared, broken = list[int](), list[Any](), list[Skipped]()
+        for index in some:
+            try:
+                prepared.append(encoder.prepare(items[index], name=names[index]))
+                at.append(index)
+            except DecodeError as error:
+                if on_error == "raise":
+                    raise
+                broken.append(Skipped(error.item, error.reason))
+        return at, run(encoder.batch(prepared)) if prepared else np.empty((0, encoder.dim), np.float32), broken
+
+    some = [range(start, min(start + APART, len(items))) for start in range(0, len(items), APART)]
+    for _, (at, made, broken) in ahead(some, work, on_error="raise", workers=torch.get_num_threads()):
+        failed += broken
+        if at:
+            yield at, made
+
+
+def _texts(encoder: Encoder, texts: Sequence[str], run: Callable, *, several: bool) -> Parts:
+    """Which texts, and their features, batch by batch; texts of one length together, so that little is padding."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
-    for start in range(0, len(order), BATCH):
-        at = order[start : start + BATCH]
-        yield at, run(encoder.batch([texts[index] for index in at]))
+    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+
+    def work(at: list[int], _: str) -> np.ndarray:
+        return run(encoder.batch([texts[index] for index in at]))
+
+    if several:
+        yield from ((batches[index], made) for index, made in ahead(batches, work, workers=torch.get_num_threads()))
+    else:
+        yield from ((at, work(at, "")) for at in batches)
 
 
-def _keep(parts: Parts, keys: Sequence[str], vectors: Vectors, tell: Progress) -> None:
-    """Write embeddings down as they come: a shard at a time, and at the end, also if that is Ctrl-C."""
+def _keep(parts: Parts, keys: Sequence[str], vectors: Vectors, tell: Progress, head: Head | None) -> None:
+    """Write features down as they come, through a head: a shard at a time, and at the end, also if that is Ctrl-C."""
     made: list[tuple[list[int], np.ndarray]] = []
-    done = 0
+    done = written = 0
 
     def write() -> None:
         if made:
-            vectors.append([keys[index] for at, _ in made for index in at], np.concatenate([z for _, z in made]))
+            features = np.concatenate([z for _, z in made])
+            vectors.append([keys[index] for at, _ in made for index in at], head(features) if head else features)
             made.clear()
 
     with contextlib.closing(parts):
@@ -235,7 +280,8 @@ def _keep(parts: Parts, keys: Sequence[str], vectors: Vectors, tell: Progress) -
                 made.append(part)
                 done += len(part[0])
                 tell(done, len(keys))
-                if BATCH * len(made) >= SHARD:
+                if done - written >= SHARD:
                     write()
+                    written = done
         finally:
             write()

@@ -27,7 +27,10 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Fast:
-    """An encoder to embed much with; call it as the encoder itself. `reason` says why ONNX Runtime does not run it."""
+    """An encoder to embed much with; call it as the encoder itself. `reason` says why ONNX Runtime does not run it.
+
+    ONNX Runtime may be called by several threads at once.
+    """
 
     run: Callable[[Inputs], Tensor]
     engine: Literal["onnxruntime", "eager"]
@@ -37,8 +40,10 @@ class Fast:
         return self.run(x)
 
 
-def accelerate(encoder: Encoder, cache: Path) -> Fast:
+def accelerate(encoder: Encoder, cache: Path, *, threads: int | None = None) -> Fast:
     """The encoder in evaluation mode as an ONNX Runtime graph, kept in `cache` under its fingerprint.
+
+    A call takes as many `threads` as PyTorch does, or as are given.
 
     The first call exports the graph (some seconds); each call compares it with PyTorch. Where the encoder is not on
     the CPU, or cannot be exported, or the graph disagrees, PyTorch runs, and `reason` and the log say why.
@@ -53,7 +58,7 @@ def accelerate(encoder: Encoder, cache: Path) -> Fast:
         try:
             if attempt == "fresh" or not path.is_file():
                 _export(encoder, path)
-            run = session(path)
+            run = session(path, threads=threads)
             _compare(run, encoder)
             return Fast(run, "onnxruntime")
         except Exception as error:  # exporter and runtime raise about everything, and PyTorch is always there
@@ -111,12 +116,12 @@ def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], path: Path, *,
     write_atomically(path, lambda temporary: temporary.write_bytes(program.model_proto.SerializeToString()))
 
 
-def session(path: Path) -> Callable[[Inputs], Tensor]:
-    """An ONNX graph, ready to run on the CPU."""
+def session(path: Path, *, threads: int | None = None) -> Callable[[Inputs], Tensor]:
+    """An ONNX graph, ready to run on the CPU; a call takes as many threads as PyTorch does, or as are given."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
     opened: Any = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
 

@@ -60,11 +60,15 @@ class ImageEncoder(Encoder):
 
 def pixels(images: Sequence[np.ndarray]) -> Float[Tensor, "b c h w"]:
     """Decoded pictures [h, w, c] of one size, of any dtype, as a batch of floats: 0..1 where they were integers."""
-    if all(image.dtype == np.uint8 for image in images):  # converted by torch, in threads
-        batch = torch.from_numpy(np.stack(images)).float().div_(255)
-    else:
-        batch = torch.from_numpy(np.stack([promote(image, np.dtype(np.float32)) for image in images]))
-    return batch.permute(0, 3, 1, 2).contiguous()
+    height, width, channels = images[0].shape
+    batch = np.empty((len(images), channels, height, width), np.float32)
+    for x, image in zip(batch, images, strict=True):
+        if image.dtype == np.uint8:  # turned while it is small, and divided where it lies
+            x[...] = image.transpose(2, 0, 1)
+            x /= np.float32(255)
+        else:
+            x[...] = promote(image, np.dtype(np.float32)).transpose(2, 0, 1)
+    return torch.from_numpy(batch)
 
 
 def image_encoder(

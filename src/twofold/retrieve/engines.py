@@ -13,6 +13,7 @@ import contextlib
 import re
 import shutil
 import sqlite3
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +135,7 @@ class Folders:
         return kept
 
 
-class _Server:
+class _Server(ABC):
     """Collections of a server, named after the index that they belong to."""
 
     def __init__(self, place: str, id: str, hnsw: Mapping[str, int]):
@@ -154,11 +155,13 @@ class _Server:
                 self.drop(name)
         return kept
 
+    @abstractmethod
     def names(self) -> list[str]:
-        raise NotImplementedError
+        """Of the index's collections, without the prefix."""
 
+    @abstractmethod
     def drop(self, name: str) -> None:
-        raise NotImplementedError
+        """Forget a collection; one that is not there is no error."""
 
 
 class ChromaServer(_Server):

@@ -1,7 +1,6 @@
 """How an index is searched, and how much that costs: its approximate answers beside exact ones."""
 
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +49,7 @@ def explain(index: Index, *, queries: int = QUERIES, k: int = 10, seed: int = 0)
     Where the model reads words and the items have a text, their texts are the queries: across modalities a graph finds
     less than among pictures, and that is what people ask. Else the items' own vectors are. It reads all vectors.
     """
-    with closing(Index.open(index.path, index.bundle, exact=True)) as exact:
+    with Index.open(index.path, index.bundle, exact=True) as exact:
         if exact.head != index.head:
             raise StoreError(f"A build of {index.path} has ended since it was opened: ask again.")
         k = min(k, len(exact.store))

@@ -33,10 +33,10 @@ import numpy as np
 from jaxtyping import Float
 
 from twofold.data.atomic import write_atomically
-from twofold.data.decode import OnError, Skipped, skip_report, thumbnail
+from twofold.data.decode import OnError, Raw, Skipped, ahead, skip_report, thumbnail
 from twofold.data.sources import Modality, Source, content_key, open_source
 from twofold.data.vectors import Vectors
-from twofold.errors import BundleError, DataError, DecodeError, FingerprintMismatch, StoreError, UsageError, unknown
+from twofold.errors import BundleError, DataError, FingerprintMismatch, StoreError, UsageError, unknown
 from twofold.measure.embed import embed
 from twofold.measure.layout import layout
 from twofold.models.bundle import Bundle, kept_meta
@@ -106,7 +106,7 @@ class Built:
 
 
 class Index:
-    """An index opened for searching; `Index.build` makes one or brings it up to date."""
+    """An index opened for searching, to be used in a `with`; `Index.build` makes one or brings it up to date."""
 
     def __init__(self, path: Path, head: Head, bundle: Bundle, store: Store, texts: TextSpace | None = None):
         self.path, self.head, self.bundle, self.store = path, head, bundle, store
@@ -182,6 +182,12 @@ class Index:
             if not hits or hits[0].score < 1 - 1e-4:
                 lost.add(name)
         return sorted(lost)
+
+    def __enter__(self) -> "Index":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Let go of the stores, so that a later build may sweep its snapshot away."""
@@ -348,7 +354,7 @@ def search(
     where: Where | None = None,
 ) -> list[Hit]:
     """Open an index and search it once (see `Retriever.search`); for several searches keep an `Index` open."""
-    with contextlib.closing(Index.open(index)) as opened:
+    with Index.open(index) as opened:
         return opened.search(text, image=image, like=like, minus=minus, k=k, where=where)
 
 
@@ -428,14 +434,18 @@ def keep_thumbnail(place: Path, content: bytes) -> None:
 
 def _keep_thumbnails(path: Path, source: Source, found: dict[str, Item], old: dict[str, Item]) -> None:
     """Small pictures of items that have no file of their own, before the source is closed."""
-    for name, image in zip(source.ids, source.images or (), strict=bool(source.images)):
+
+    def wanted(name: str, image: Raw) -> bool:
         if isinstance(image, Path) or name not in found:
-            continue
-        place = thumbnail_place(path, name)
-        if old.get(name) == found[name] and place.exists():
-            continue
-        with contextlib.suppress(DecodeError):  # an item found by its text may have no picture
-            keep_thumbnail(place, thumbnail(image, THUMBNAIL, name=name))
+            return False
+        return old.get(name) != found[name] or not thumbnail_place(path, name).exists()
+
+    def make(one: tuple[str, Raw], _: str) -> None:
+        keep_thumbnail(thumbnail_place(path, one[0]), thumbnail(one[1], THUMBNAIL, name=one[0]))
+
+    pictures = list(zip(source.ids, source.images or (), strict=bool(source.images)))
+    for _ in ahead([one for one in pictures if wanted(*one)], make):
+        pass  # what has no picture is passed over: an item found by its text
 
 
 # -- Texts ------------------------------------------------------------------------------------------------------------
@@ -693,7 +703,7 @@ def _asked_by(space: Space | None, bundle: Bundle) -> TextEmbedder:
 
 def _keep_answers(path: Path) -> None:
     """Before another model comes in: how the one that is there answers what people judged."""
-    with contextlib.suppress(StoreError, FingerprintMismatch, BundleError), contextlib.closing(Index.open(path)) as old:
+    with contextlib.suppress(StoreError, FingerprintMismatch, BundleError), Index.open(path) as old:
         keep_answers(old)  # an index that cannot be opened any more has no answers to keep
 
 

@@ -22,6 +22,7 @@ from twofold.retrieve.filters import All, Compares, Has, Rule, Scalar, Some, Whe
 from twofold.retrieve.store import (
     Hit,
     _all_known,
+    _check_writable,
     _checked,
     _checked_query,
     _hit,
@@ -83,7 +84,7 @@ class QdrantStore:
             self._client.create_payload_index(self._name, "has", models.PayloadSchemaType.KEYWORD)
 
     def upsert(self, ids: Sequence[str], vectors: Float[np.ndarray, "n d"], meta: Sequence[Mapping]) -> None:
-        self._check_writable()
+        _check_writable(self.place, self._write)
         from qdrant_client import models
 
         vectors, rows = _checked(ids, vectors, meta, self.dim)
@@ -101,7 +102,7 @@ class QdrantStore:
                 self._client.upsert(self._name, points=points, wait=True)
 
     def delete(self, ids: Sequence[str]) -> None:
-        self._check_writable()
+        _check_writable(self.place, self._write)
         from qdrant_client import models
 
         with self._doing("delete items"):
@@ -163,10 +164,6 @@ class QdrantStore:
                 some = [_point(name) for name in unique[start : start + BATCH]]
                 points += self._client.retrieve(self._name, some, with_payload=payload, with_vectors=vectors)
         return points
-
-    def _check_writable(self) -> None:
-        if not self._write:
-            raise StoreError(f"{self.place} was opened for reading; open it with write=True to change it.")
 
     @contextlib.contextmanager
     def _doing(self, what: str) -> Iterator[None]:

@@ -86,6 +86,10 @@ class Store(Protocol):
         """Let go of files and locks."""
 
 
+FEW = 8
+"""An exact search copies the rows that a filter leaves if they are fewer than one in so many; else it compares all."""
+
+
 class ExactStore:
     """Every vector compared with every query: the reference, and fast up to some 10⁵ items, faster with a filter.
 
@@ -95,14 +99,15 @@ class ExactStore:
 
     def __init__(self, *, fingerprint: str, dim: int, path: Path | None = None, write: bool = False):
         self.fingerprint, self.dim = fingerprint, dim
-        self._row: dict[str, int] = {}  # id → row of the matrix; in row order
+        self._names: list[str] = []  # of the rows of the matrix
+        self._row: dict[str, int] = {}  # and back
         self._matrix = np.empty((0, dim), np.float32)  # its first rows are in use, the rest is room to grow
         self._meta: list[dict[str, Scalar]] = []
         self._columns: dict[str, tuple[np.ndarray, list]] = {}  # of filters: which value each row has, and the values
         self._folder = None if path is None else MatrixFolder(path, fingerprint=fingerprint, dim=dim, write=write)
         if self._folder is not None:
-            names, self._meta, self._matrix = self._folder.read()
-            self._row = {name: row for row, name in enumerate(names)}
+            self._names, self._meta, self._matrix = self._folder.read()
+            self._row = {name: row for row, name in enumerate(self._names)}
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -118,6 +123,7 @@ class ExactStore:
             grown = max(rows, 3 * len(self._matrix) // 2)
             self._matrix = _grown(self._matrix, grown) if self._folder is None else self._folder.grown(grown)
         self._row.update((ids[i], len(self._meta) + n) for n, i in enumerate(new))
+        self._names += [ids[i] for i in new]
         self._meta += [meta[i] for i in new]
         for i, name in enumerate(ids):
             self._matrix[self._row[name]], self._meta[self._row[name]] = vectors[i], meta[i]
@@ -126,26 +132,26 @@ class ExactStore:
         self._check_writable()
         self._columns = {}
         gone = set(ids)
-        kept = {name: row for name, row in self._row.items() if name not in gone}
-        if len(kept) < len(self._row):
-            rows = list(kept.values())
+        rows = [row for row, name in enumerate(self._names) if name not in gone]
+        if len(rows) < len(self._names):
             self._matrix[: len(rows)] = self._matrix[rows]
             self._meta = [self._meta[row] for row in rows]
-            self._row = {name: row for row, name in enumerate(kept)}
+            self._names = [self._names[row] for row in rows]
+            self._row = {name: row for row, name in enumerate(self._names)}
 
     def query(self, vector: Float[np.ndarray, "d"], k: int, where: Where | None = None) -> list[Hit]:
         unit, wanted = _checked_query(vector, k, where, self.dim)
-        names, matrix = list(self._row), self._matrix[: len(self._meta)]
+        matrix = self._matrix[: len(self._meta)]
         if wanted == All():  # without indexing, which would copy the matrix
-            rows, scores = np.arange(len(names)), matrix @ unit
+            rows, scores = np.arange(len(matrix)), matrix @ unit
         else:
             rows = np.flatnonzero(self._mask(wanted))
-            scores = matrix[rows] @ unit
-        scores = np.round(scores.astype(np.float64), 6)
+            scores = matrix[rows] @ unit if FEW * len(rows) < len(matrix) else (matrix @ unit)[rows]
         if k < len(rows):
-            best = scores >= np.partition(scores, -k)[-k]  # with every tie of the k-th, for ids to decide
+            # With all that may tie with the k-th once rounded, for ids to decide.
+            best = scores >= np.partition(scores, -k)[-k] - 2e-6
             rows, scores = rows[best], scores[best]
-        hits = (_hit(names[r], s, self._meta[r]) for r, s in zip(rows, scores, strict=True))
+        hits = (_hit(self._names[row], score, self._meta[row]) for row, score in zip(rows, scores, strict=True))
         return sorted(hits, key=_rank)[:k]
 
     def _mask(self, rule: Rule) -> np.ndarray:
@@ -178,11 +184,11 @@ class ExactStore:
 
     def close(self) -> None:
         if self._folder is not None:
-            self._folder.close(list(self._row), self._meta)
+            self._folder.close(self._names, self._meta)
 
     def _check_writable(self) -> None:
-        if self._folder is not None and not self._folder.write:
-            raise StoreError(f"{self._folder.path} was opened for reading; open it with write=True to change it.")
+        if self._folder is not None:
+            _check_writable(self._folder.path, self._folder.write)
 
 
 def _grown(matrix: Float[np.ndarray, "n d"], rows: int) -> Float[np.ndarray, "m d"]:
@@ -219,7 +225,7 @@ class _Chroma:
             raise _other_encoder(self.place, held, wanted)
 
     def upsert(self, ids: Sequence[str], vectors: Float[np.ndarray, "n d"], meta: Sequence[Mapping]) -> None:
-        self._check_writable()
+        _check_writable(self.place, self._write)
         vectors, rows = _checked(ids, vectors, meta, self.dim)
         with self._doing("write vectors"):
             for part in self._batches(len(ids)):
@@ -234,7 +240,7 @@ class _Chroma:
                 self._items.upsert(names, vectors[part], new)
 
     def delete(self, ids: Sequence[str]) -> None:
-        self._check_writable()
+        _check_writable(self.place, self._write)
         with self._doing("delete items"):
             for part in self._batches(len(ids)):
                 self._items.delete(list(ids[part]))
@@ -293,10 +299,6 @@ class _Chroma:
     def _batches(self, n: int) -> list[slice]:
         step = self._client.get_max_batch_size()
         return [slice(start, start + step) for start in range(0, n, step)]
-
-    def _check_writable(self) -> None:
-        if not self._write:
-            raise StoreError(f"{self.place} was opened for reading; open it with write=True to change it.")
 
     @contextlib.contextmanager
     def _doing(self, what: str) -> Iterator[None]:
@@ -559,6 +561,11 @@ def _checked(ids, vectors, meta, dim: int) -> tuple[Float[np.ndarray, "n d"], li
     if len(ids) and vectors.shape != (len(ids), dim):
         raise StoreError(f"Expected vectors [{len(ids)}, {dim}], got {list(vectors.shape)}.")
     return _unit(vectors.reshape(len(ids), dim), ids), [scalars(row) for row in meta]
+
+
+def _check_writable(place: str | Path, write: bool) -> None:
+    if not write:
+        raise StoreError(f"{place} was opened for reading; open it with write=True to change it.")
 
 
 def _check_id(name: str) -> None:
