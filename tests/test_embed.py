@@ -3,6 +3,7 @@
 import io
 import shutil
 import wave
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -161,13 +162,38 @@ def test_a_kill_costs_at_most_a_shard(encoder, monkeypatch, cache):
     assert kept == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
 
 
-def test_the_fast_path_gives_the_same_rows(encoder, monkeypatch, tmp_path):
-    plain = embed(encoder, pictures(), "image").matrix
+def test_the_fast_path_gives_the_same_rows_by_several_threads(encoder, monkeypatch, tmp_path):
+    mixed = replace(pictures(21), images=[b"broken" if i in (5, 8, 9) else png(i) for i in range(21)])
+    plain = embed(encoder, mixed, "image")
+    monkeypatch.setattr(module, "FEW", 0)
+    monkeypatch.setattr(module, "APART", 2)
+    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / "other"))
+    fast = embed(encoder, mixed, "image")
+    assert list((tmp_path / "other" / "onnx").glob("*.onnx"))
+    assert (fast.ids, fast.skipped) == (plain.ids, plain.skipped)
+    np.testing.assert_allclose(fast.matrix, plain.matrix, rtol=1e-4, atol=1e-5)
+    monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / "third"))
+    with pytest.raises(DecodeError, match="item5"):
+        embed(encoder, mixed, "image", on_error="raise")
+
+    def stop(done, total):
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(encoder, pictures(21), "image", progress=stop)
+    assert len(Vectors(tmp_path / "third" / "vectors", fingerprint(encoder), encoder.dim)) >= 10
+    np.testing.assert_allclose(embed(encoder, pictures(21), "image").matrix[:5], plain.matrix[:5], rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_applied_to_what_several_threads_made_is_the_tower_s(encoder, monkeypatch, tmp_path):
+    tower = Tower(encoder, mlp(encoder.dim, 16, 8))
+    expected = tower.head(torch.from_numpy(embed(encoder, pictures(9), "image").matrix)).detach().numpy()
     monkeypatch.setattr(module, "FEW", 0)
     monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / "other"))
-    fast = embed(encoder, pictures(), "image").matrix
-    assert list((tmp_path / "other" / "onnx").glob("*.onnx"))
-    np.testing.assert_allclose(fast, plain, rtol=1e-4, atol=1e-5)
+    made = embed(tower, pictures(9), "image", vectors=Vectors(tmp_path, tower.fingerprint(), 8)).matrix
+    np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_deep_pictures_are_not_cut_to_8_bits(encoder):

@@ -1,6 +1,7 @@
 """An index holds what its source holds, embeds nothing twice, and survives kills, damage and changes of model."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -351,6 +352,43 @@ def test_one_build_at_a_time(photos, bundle, out):
         Index.build(open_source(photos), bundle, out)
     claim.release()
     Index.build(open_source(photos), bundle, out)
+
+
+SLOW = """
+    import sys, time
+    import torch
+    import twofold.retrieve.index as module
+    from twofold.cli import main
+
+    def embed_slowly(*given):
+        print("embedding", flush=True)
+        time.sleep(60)
+
+    if "--slowly" in sys.argv:
+        module.embed_items = embed_slowly
+    sys.exit(main([one for one in sys.argv[1:] if one != "--slowly"]))
+"""
+
+
+def test_a_second_writer_is_refused_by_the_command_and_ctrl_c_leaves_nothing_broken(photos, bundle, out):
+    Index.build(open_source(photos), bundle, out)
+    bundle.save(model := out.with_name("model"))
+    paint(photos / "blue" / "new.png", 100)
+    command = [sys.executable, "-c", textwrap.dedent(SLOW), "index", photos, "--model", model, "--out", out]
+    first = subprocess.Popen([*command, "--slowly"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None and first.stdout.readline() == "embedding\n"
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.returncode == 1
+        assert f"is being written by process {first.pid}" in second.stderr and "Traceback" not in second.stderr
+        assert_holds(out, photos, [name for name in names_in(photos) if name != "blue/new.png"])
+        first.send_signal(signal.SIGINT)
+        said = first.communicate(timeout=30)[1]
+    finally:
+        first.kill()
+    assert first.returncode == 130 and "Traceback" not in said
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert_holds(out, photos, names_in(photos))
 
 
 def test_a_folder_of_other_things_is_left_alone(photos, bundle):

@@ -56,10 +56,18 @@ def decode(image: Raw, *, channels: int | None = 3, name: str = "", enough: int 
         raise DecodeError(name, _reason(image, error)) from error
 
 
-def thumbnail(image: Raw, side: int, *, name: str = "") -> bytes:
-    """A picture as a small WebP, upright and without metadata: its longer side is `side` pixels, or its own if less.
+def area(image: bytes) -> int:
+    """How many pixels a picture has, by what its first bytes say; 0 where they say nothing."""
+    with contextlib.suppress(Exception), _open(image) as picture:
+        return picture.height * picture.width
+    return 0
 
-    Of more than three channels the first three are shown, and what is not 8 bits is brought to 8.
+
+def thumbnail(image: Raw, side: int, *, name: str = "", kind: Literal["JPEG", "WEBP"] = "JPEG") -> bytes:
+    """A picture made small, upright and without metadata: its longer side is `side` pixels, or its own if less.
+
+    A WebP is about a fourth smaller than a JPEG, and takes ten times as long to make. Of more than three channels the
+    first three are shown, and what is not 8 bits is brought to 8.
     """
     pixels = decode(image, channels=None, name=name, enough=side)
     pixels = pixels[:, :, :3] if pixels.shape[2] > 2 else pixels[:, :, :1].repeat(3, axis=2)
@@ -69,7 +77,7 @@ def thumbnail(image: Raw, side: int, *, name: str = "") -> bytes:
         pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
     picture, out = Image.fromarray(pixels), io.BytesIO()
     picture.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    picture.save(out, "WEBP", quality=80, method=2)
+    picture.save(out, kind, quality=80)
     return out.getvalue()
 
 

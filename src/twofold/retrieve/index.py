@@ -416,7 +416,7 @@ def _meta(source: Source, i: int) -> dict[str, Scalar]:
 def thumbnail_place(index: Path, id: str) -> Path:
     """Where the small picture of an item lies, once there is one; no id, whatever is in it, leads elsewhere."""
     name = hashlib.blake2b(id.encode(), digest_size=16).hexdigest()
-    return index / "thumbs" / name[:2] / f"{name}.webp"
+    return index / "thumbs" / name[:2] / f"{name}.jpg"
 
 
 def _save_map(path: Path, ids: list[str], places: Float[np.ndarray, "n 2"]) -> None:

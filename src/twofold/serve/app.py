@@ -359,14 +359,14 @@ def app(
         "/api/v1/picture",
         dependencies=[Reader],
         response_class=Response,
-        responses={200: {"content": {"image/webp": {}}, "description": "The picture."}},
+        responses={200: {"content": {"image/jpeg": {}}, "description": "The picture."}},
     )
     async def picture(id: Annotated[Id, Query()], large: bool = False) -> Response:
-        """An item's picture, small or large, as WebP: its pixels only, not what the file says of place and camera."""
+        """An item's picture, small or large, as JPEG: its pixels only, not what the file says of place and camera."""
         content = await compute(partial(service.picture, id, large=large))
         if content is None:
             raise HTTPException(404, "There is no picture of this item that may be shown.")
-        return Response(content, media_type="image/webp", headers={"Cache-Control": "private, max-age=600"})
+        return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"})
 
     @api.post("/api/v1/feedback", status_code=204, response_class=Response, dependencies=[Depends(may_write)])
     async def feedback(said: Said) -> Response:

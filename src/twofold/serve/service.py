@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from twofold.data.decode import Raw, thumbnail
-from twofold.errors import BundleError, EmbedderError, StoreError
+from twofold.data.decode import Raw, area, thumbnail
+from twofold.errors import BundleError, DecodeError, EmbedderError, StoreError
 from twofold.retrieve.corrected import Corrected, corrected
 from twofold.retrieve.feedback import Click, Feedback
 from twofold.retrieve.filters import compiled, matches
@@ -23,6 +23,8 @@ from twofold.retrieve.store import Hit, Where
 
 LARGE = 1600  # pixels of the longer side of a picture that is looked at alone
 CHOICES = 60  # a column of more values than these gives no filter
+PIXELS = 50_000_000  # of a picture to look for the like of; in memory, each takes up to 16 bytes for some time
+ALONE = 4_000_000  # pixels; pictures of more are looked for one after the other, so that one is in memory
 LOOK = 2.0  # seconds between two looks whether the index was built anew
 
 
@@ -51,7 +53,7 @@ class Service:
     def __init__(self, path: Path | str, *, roots: Sequence[Path | str] = ()):
         self.path = Path(path)
         self.feedback = Feedback(self.path)
-        self._lock, self._laying, self._comparing = threading.Lock(), threading.Lock(), threading.Lock()
+        self._lock, self._laying, self._comparing, self._large = (threading.Lock() for _ in range(4))
         self.opened = Index.open(self.path)
         self._looked = time.monotonic()
         source = Path(self.opened.head.source)
@@ -95,14 +97,22 @@ class Service:
         """
         asked = self.index.retriever if within is None else self._part(within)
         notes = []
-        try:
-            hits = asked.search(image=image, where=where, **wanted)
-        except EmbedderError as error:
-            if wanted.get("via", "both") != "both" or "text" not in asked.bundle.towers:
-                raise
-            hits = asked.search(image=image, where=where, **{**wanted, "via": "items"})
-            notes = [f"The texts could not be asked; these are found without them. {error}"]
+        with self._room_for(image):
+            try:
+                hits = asked.search(image=image, where=where, **wanted)
+            except EmbedderError as error:
+                if wanted.get("via", "both") != "both" or "text" not in asked.bundle.towers:
+                    raise
+                hits = asked.search(image=image, where=where, **{**wanted, "via": "items"})
+                notes = [f"The texts could not be asked; these are found without them. {error}"]
         return Found(hits, notes, asked.no_good_match(hits))
+
+    def _room_for(self, image: Raw | None) -> contextlib.AbstractContextManager:
+        """What to hold while a picture is looked for; DecodeError for one that is too large."""
+        pixels = area(image) if isinstance(image, bytes) else 0
+        if pixels > PIXELS:
+            raise DecodeError("The picture", f"has {pixels:,} pixels; at most {PIXELS:,} are taken here")
+        return self._large if pixels > ALONE else contextlib.nullcontext()
 
     def _part(self, ids: Collection[str]) -> Retriever:
         """A search among some items; the last one is kept, since one who chose them asks more than once."""
@@ -143,7 +153,7 @@ class Service:
         return found
 
     def picture(self, id: str, *, large: bool = False) -> bytes | None:
-        """An item's picture as WebP, made anew from its pixels, so without what the file says of place and camera.
+        """An item's picture as JPEG, made anew from its pixels, so without what the file says of place and camera.
 
         None where it has none that may be shown: no picture, a file that is gone, or one outside the roots.
         """

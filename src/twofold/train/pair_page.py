@@ -93,7 +93,7 @@ def _picture(source: Source, item: int) -> str:
     if source.images is None:
         return ""
     try:
-        content = thumbnail(source.images[item], SIDE, name=source.ids[item])
+        content = thumbnail(source.images[item], SIDE, name=source.ids[item], kind="WEBP")
     except DecodeError:
         return ""
     return f'<img alt="" src="data:image/webp;base64,{base64.b64encode(content).decode()}">'
