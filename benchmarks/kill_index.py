@@ -34,7 +34,7 @@ from twofold.retrieve.check import check
 from twofold.retrieve.index import read_head, read_items
 
 RESULTS = Path(__file__).parent / "results" / "kill_index.json"
-ITEMS, KILLS = 8000, 20
+ITEMS, KILLS = 5000, 20
 
 
 class Phases(NamedTuple):

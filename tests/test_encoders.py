@@ -1,6 +1,7 @@
 """Encoders give the features their weights were trained for, and say clearly what they are not."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from twofold.data.decode import decode, fit
@@ -74,6 +76,20 @@ def test_pretrained_weights_for_one_channel_see_a_grey_picture_as_three_equal_ch
     one = image_encoder(channels=1)
     with inference(one, lite0):
         torch.testing.assert_close(one(grey), lite0(grey.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-4)
+
+
+def test_a_large_photograph_is_read_at_a_part_of_its_size_and_looks_the_same():
+    encoder = image_encoder("timm:resnet18/4", small_stem=True, size=64)
+    draw = np.random.default_rng(0)
+    smooth = Image.fromarray(draw.integers(0, 256, (30, 40, 3), np.uint8)).resize(
+        (1600, 1200), Image.Resampling.BICUBIC
+    )
+    smooth.save(out := io.BytesIO(), "JPEG", quality=95)
+    whole = fit(decode(out.getvalue()), 64).astype(int)
+    with Image.open(out) as picture:
+        picture.draft(None, (128, 128))
+        assert picture.size == (200, 150)
+    assert np.abs(encoder.prepare(out.getvalue()) - whole).max() <= 3
 
 
 def test_sentence_transformers_agrees_with_minilm(minilm):
