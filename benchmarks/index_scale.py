@@ -403,8 +403,9 @@ def main() -> None:
             parser.error("`prepare` takes --model, such as runs/flickr8k_align/clip-512-seed-0")
         prepare(given.captions, given.home, given.model)
     elif given.part == "rate":
-        if given.again or "rate" not in kept():
-            keep("rate", rate(given.captions, given.home, given.pictures, given.turns))
+        key = f"rate of {given.pictures} pictures"
+        if given.again or key not in kept():
+            keep(key, rate(given.captions, given.home, given.pictures, given.turns))
         if given.again or "command" not in kept():
             keep("command", command(given.captions, given.home))
     elif given.part == "fill":

@@ -1,12 +1,13 @@
 """Does an index that was killed at a random moment and resumed equal the one that nobody disturbed? Item by item.
 
-    python benchmarks/kill_index.py            # 20 kills, ten minutes on two quiet cores
+    python benchmarks/kill_index.py            # 20 kills, five minutes on two quiet cores
 
 Undisturbed runs say how long one takes, and when it begins to write: at its first file of vectors. Each trial starts
-`twofold index` on an empty folder and kills it (SIGKILL) at a random moment of the run: of 20 equal parts of it, each
-trial has one, and its moment is uniform in there. Then it is run again, and compared: ids, content keys, columns,
-vectors, and `twofold index --check`. A run that was over before its moment counts for nothing and is tried again.
-Trials that are in the results already are not run again.
+`twofold index` on an empty folder and kills it (SIGKILL) at a random moment: of every second trial anywhere in the run,
+of the others while it writes. These times are cut into equal parts, and each trial's moment is uniform in one of them,
+so that none is left out. Then it is run again, and compared: ids, content keys, columns, vectors, and `twofold index
+--check`. A run that was over before its moment counts for nothing and is tried again. Trials that are in the results
+already are not run again.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from twofold.retrieve.check import check
 from twofold.retrieve.index import read_head, read_items
 
 RESULTS = Path(__file__).parent / "results" / "kill_index.json"
-ITEMS, KILLS = 5000, 20
+ITEMS, KILLS = 4000, 20
 
 
 class Phases(NamedTuple):
@@ -104,7 +105,8 @@ def killed(home: Path, out: Path, share: float, phases: Phases) -> tuple[dict[st
             assert process.wait() == -9
             then = there(out)
             return {"killed after s": round(after, 2), "of s": round(phases.ends, 2), "then": then}, phases
-        phases = phases._replace(ends=time.monotonic() - began)  # the machine has become faster
+        shrunk = (time.monotonic() - began) / phases.ends  # the machine has become faster
+        phases = Phases(*(shrunk * seconds for seconds in phases))
 
 
 def main() -> None:
@@ -122,13 +124,14 @@ def main() -> None:
         record |= {
             "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
             "versions": {name: version(name) for name in ("torch", "chromadb", "numpy")},
-            "n": f"{ITEMS} pictures",
+            "n": f"{ITEMS} pictures, {given.kills} kills",
             "undisturbed, s": {name: round(value, 1) for name, value in phases._asdict().items()},
         }
         for seed in range(len(record["trials"]), given.kills):
             out = home / f"trial{seed}"
-            share = (seed + random.Random(seed).random()) / given.kills
-            trial, phases = killed(home, out, share, phases)
+            part = (seed // 2 + random.Random(seed).random()) / -(-given.kills // 2)
+            first = phases.writes / phases.ends if seed % 2 else 0
+            trial, phases = killed(home, out, first + (1 - first) * part, phases)
             assert start(home, out).wait() == 0, f"trial {seed} did not resume"
             again, found = content(out)
             trial |= {

@@ -189,7 +189,9 @@ def test_the_fast_path_gives_the_same_rows_by_several_threads(encoder, monkeypat
 
 def test_a_head_applied_to_what_several_threads_made_is_the_tower_s(encoder, monkeypatch, tmp_path):
     tower = Tower(encoder, mlp(encoder.dim, 16, 8))
-    expected = tower.head(torch.from_numpy(embed(encoder, pictures(9), "image").matrix)).detach().numpy()
+    features = torch.from_numpy(embed(encoder, pictures(9), "image").matrix)
+    with inference(tower):
+        expected = tower.head(features).numpy()
     monkeypatch.setattr(module, "FEW", 0)
     monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / "other"))
     made = embed(tower, pictures(9), "image", vectors=Vectors(tmp_path, tower.fingerprint(), 8)).matrix
