@@ -415,7 +415,9 @@ def _predicted(found: Predicted) -> str:
     if found.painted is None:
         return "".join(out)
     rows = "".join(
-        '<div class="near">' + "".join(f'<figure><img alt="" src="{inline(each)}"></figure>' for each in row) + "</div>"
+        '<div class="near">'
+        + "".join(f'<figure class="strip"><img alt="" src="{inline(each)}"></figure>' for each in row)
+        + "</div>"
         for row in found.painted
     )
     if found.painted.shape[1] == 3:
