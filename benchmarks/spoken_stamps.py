@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from twofold.data.audio import hear
+from twofold.data.audio import RATE
+from twofold.data.cache import decoded_sounds
 from twofold.data.loader import sharing
 from twofold.data.sources import Column, Source, content_key
 from twofold.measure.evaluate import both_ways
@@ -46,7 +47,7 @@ SPEECH = Recipe(objective="clip", train="speech", batch=256, lr=1e-3, epochs=40,
 
 
 def stamps(folder: Path, limit: int | None) -> Source:
-    """Every recording, with its picture and what is said; heard once, as waveforms."""
+    """Every recording, with its picture and what is said."""
     rows: list[tuple[str, str, Path, Path, str]] = []
     for text in sorted(folder.rglob("*.txt")):
         picture = text.with_suffix(".png")
@@ -75,7 +76,7 @@ def stamps(folder: Path, limit: int | None) -> Source:
         texts=[[text] for text in texts],
         splits=[held.get(one, "train") for one in group.tolist()],
         columns={
-            "speech": Column("audio", [hear(path, seconds=4) for path in sounds]),
+            "speech": Column("audio", list(sounds)),
             "letters": Column("vector", list(letters(texts))),
         },
         meta={"language": list(languages), "stamp": list(names)},
@@ -119,11 +120,12 @@ def told(found: dict) -> dict[str, Any]:
 def by_length(train: Source, test: Source) -> dict[str, Any]:
     """Duration against number of letters, by a line fitted on the training part of the language."""
     row = {}
+    heard = [(part, decoded_sounds(part, "speech", RATE, 30).waves) for part in (train, test)]
     for language in LANGUAGES:
         parts = []
-        for part in (train, test):
+        for part, waves in heard:
             own = [item for item, spoken in enumerate(part.meta["language"]) if spoken == language]
-            seconds = np.array([len(part.column("speech").cells[item]) / 16_000 for item in own])
+            seconds = np.array([len(waves[item]) / RATE for item in own])
             parts.append((seconds, np.array([float(len(part.texts[item][0])) for item in own])))  # type: ignore[index]
         if len(parts[1][0]) > 1 and len(parts[0][0]) > 1:
             slope, start = np.polyfit(parts[0][1], parts[0][0], 1)

@@ -1,11 +1,13 @@
 """Two kinds of data brought into one space, whatever learns, and what is wrong with the data said clearly."""
 
+import io
 import json
 import math
 import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from wave import open as wave_file
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from PIL import Image
 from torch import nn
 
 from twofold.cli import main
+from twofold.data import cache
+from twofold.data.audio import hear
 from twofold.data.loader import Batches
 from twofold.data.sources import Column, Source, open_source
 from twofold.errors import DataError, UsageError
@@ -402,6 +406,31 @@ def test_training_that_makes_them_worse_is_said(tmp_path, capsys):
     assert "Training made it worse" in capsys.readouterr().err
     align(vectors(), out=tmp_path / "other", towers=VECTORS, recipe=replace(recipe, lr=10.0), quiet=True)
     assert not capsys.readouterr().err, "towers that never shared a space have nothing to forget"
+
+
+def test_a_sound_encoder_learns_from_files_that_are_decoded_once(tmp_path, monkeypatch):
+    said = torch.eye(8)[torch.arange(48) % 8].numpy()
+    for item in range(48):
+        wave = np.sin(2 * np.pi * (300 * 1.4 ** (item % 8) + item) * np.arange(3200 + 80 * item) / 16_000)
+        (tmp_path / f"{item}.wav").write_bytes(wav(wave))
+    columns = {"speech": Column("audio", [tmp_path / f"{item}.wav" for item in range(48)])}
+    columns["v"] = Column("vector", list(said + 0.01 * np.arange(48, dtype=np.float32)[:, None]))
+    pairs = Source("tones", [str(i) for i in range(48)], columns=columns, splits=["train"] * 32 + ["val"] * 16)
+    recipe = Recipe(objective="clip", train="speech", batch=8, epochs=8, dim=16, hidden=0)
+    heard = []
+    monkeypatch.setattr(cache, "hear", lambda sound, **how: heard.append(sound) or hear(sound, **how))
+    done = align(pairs, out=tmp_path / "run", towers={"speech": "mel:tiny", "v": "vectors"}, recipe=recipe, quiet=True)
+    assert len(heard) == 48 and done.after > done.before + 0.1
+
+
+def wav(wave: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    with wave_file(out, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes((wave * 2**14).astype(np.int16).tobytes())
+    return out.getvalue()
 
 
 # --- data that cannot be used -----------------------------------------------------------------------------------------

@@ -10,8 +10,12 @@ import pytest
 import torch
 from transformers import audio_utils
 
+from twofold.data import cache
 from twofold.data.audio import hear
+from twofold.data.cache import decoded_sounds
+from twofold.data.sources import Column, Source
 from twofold.errors import BundleError, DecodeError, UsageError
+from twofold.models import sounds as sounds_of
 from twofold.models.bundle import Bundle
 from twofold.models.encoders import encoder, fingerprint, inference
 from twofold.models.sounds import LogMel, SoundTransformer, frames, mel_encoder, mel_filters
@@ -105,6 +109,19 @@ def test_a_picture_or_a_file_that_is_not_there_is_told(tmp_path):
             hear(tmp_path / name)
 
 
+def test_the_sounds_of_a_source_are_heard_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.wav").write_bytes(stored(noise(0, 0.5)))
+    source = Source("sounds", ["a", "b", "c"], columns={"speech": Column("audio", [tmp_path / "a.wav", b"", tone()])})
+    waves, kept, skipped = decoded_sounds(source, "speech", 16_000, 0.4)
+    assert kept.tolist() == [0, 2] and skipped == [("b", "empty")]
+    for wave, sound in zip(waves, (tmp_path / "a.wav", tone()), strict=True):
+        assert np.array_equal(wave, hear(sound, seconds=0.4))
+    monkeypatch.setattr(cache, "hear", None)
+    again = decoded_sounds(source, "speech", 16_000, 0.4)
+    assert again.skipped == skipped and all(map(np.array_equal, again.waves, waves))
+
+
 # --- log-mel spectrograms ---------------------------------------------------------------------------------------------
 
 
@@ -138,14 +155,15 @@ def test_the_shortest_sound_has_one_frame():
 
 
 @pytest.mark.parametrize("name", ["mel:tiny", "mel:timm:resnet18/8"])
-def test_a_sound_has_the_same_features_whatever_it_is_embedded_with(name):
+def test_a_sound_has_the_same_features_whatever_it_is_embedded_with(name, monkeypatch):
     torch.manual_seed(0)
     hears = mel_encoder(name, seconds=2).eval()
-    sounds = [noise(1, 0.3), noise(2, 2), noise(3, 0.025)]
+    monkeypatch.setattr(sounds_of, "ALIKE", 2)  # those of like length go through together
+    sounds = [noise(1, 0.3), noise(2, 2), noise(3, 0.025), noise(4, 0.2), noise(5, 1)]
     with inference(hears):
         together = hears(hears.inputs(sounds))
         alone = torch.cat([hears(hears.inputs([sound])) for sound in sounds])
-    assert together.shape == (3, hears.dim)
+    assert together.shape == (5, hears.dim)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 1e-3
 

@@ -1,10 +1,11 @@
-"""Every picture or clip of a source decoded once, into one memory-mapped array that all later runs share."""
+"""Every picture, clip or sound of a source decoded once, into one memory-mapped array that all later runs share."""
 
 import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from twofold import runtime
 from twofold.data.atomic import sync_folder
+from twofold.data.audio import hear
 from twofold.data.decode import Fit, OnError, Skipped, ahead, promote, stream
 from twofold.data.sources import Modality, Source, content_key
 from twofold.data.video import watch
@@ -91,6 +93,29 @@ def decoded_clips(
     if found.skipped and on_error == "raise":
         raise DecodeError(*found.skipped[0])
     return found
+
+
+class DecodedSounds(NamedTuple):
+    """The sounds of a source as waveforms, and those that are missing among them."""
+
+    waves: list[np.ndarray]  # float32 [samples] each; memory maps, read-only
+    kept: np.ndarray  # int64 [n]: waves[i] is the sound of the source's item kept[i]
+    skipped: list[Skipped]
+
+
+def decoded_sounds(source: Source, modality: Modality, rate: int, seconds: float) -> DecodedSounds:
+    """The first `seconds` of the source's sounds, `rate` samples a second, decoded now or found in the cache."""
+    sounds = source.column(modality).cells
+    key = content_key("\n".join([json.dumps([VERSION, "sounds", rate, seconds]), *source.keys(modality)]))
+    skipped: list[Skipped] = []
+
+    def work(sound: Any, name: str) -> np.ndarray:
+        return hear(sound, rate=rate, seconds=seconds, name=name)[:, None, None, None]  # samples, as frames of a clip
+
+    heard = ahead(sounds, work, on_error="skip", names=source.ids, skipped=skipped)
+    found = _kept(runtime.cache_dir() / "sounds" / key, source, "sounds", heard, skipped, None)
+    waves = np.asarray(found.frames).reshape(-1)
+    return DecodedSounds([waves[a:b] for a, b in pairwise(found.offsets.tolist())], found.kept, found.skipped)
 
 
 def _kept(
@@ -194,7 +219,7 @@ def _write(
     reasons = [(index, each.reason) for index, each in zip(missing, skipped, strict=True)]
     height, width, channels = shape
     about = {"dtype": dtype.name, "shape": [sum(frames), channels, height, width], "skipped": reasons}
-    return about | ({"frames": frames} if what == "clips" else {})
+    return about | ({"frames": frames} if what != "pictures" else {})
 
 
 def _deepen(path: Path, old: np.dtype, new: np.dtype) -> None:

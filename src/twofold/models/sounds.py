@@ -19,6 +19,7 @@ from twofold.models.weights import quiet_transformers, refuse_hub_code, snapshot
 
 WINDOW, HOP, BANDS = 400, 160, 80  # 25 ms every 10 ms, as Whisper and most of speech recognition
 SIZES = {"tiny": (128, 2), "small": (256, 4), "base": (512, 6)}  # width, layers
+ALIKE = 32  # sounds that are filled up to the longest of them
 SECONDS = {"transformer": 30.0, "picture": 10.0}  # the most that is heard of a sound
 
 
@@ -39,7 +40,8 @@ class LogMel(nn.Module):
 
     def forward(self, waves: Float[Tensor, "b n"], samples: Int[Tensor, "b"]) -> Float[Tensor, "b bands frames"]:
         spectrum = torch.stft(waves, WINDOW, HOP, window=self.window, center=False, return_complex=True)
-        bands = (self.filters @ spectrum.abs().square()).clamp_min(1e-10).log10()
+        power = spectrum.real.square() + spectrum.imag.square()  # abs().square() takes a root first
+        bands = (self.filters @ power).clamp_min(1e-10).log10()
         there = (torch.arange(bands.shape[2], device=bands.device) < frames(samples)[:, None])[:, None]
         # As Whisper's: what is 80 dB below the loudest is silence, whatever was recorded there.
         loudest = bands.masked_fill(~there, -math.inf).amax((1, 2), keepdim=True)
@@ -109,7 +111,7 @@ class MelEncoder(Encoder):
     def __init__(self, body: nn.Module, spec: Mapping[str, Any]):
         super().__init__(spec)
         self.front, self.body = LogMel(), body
-        self.seconds: float = spec["seconds"]
+        self.rate, self.seconds = RATE, float(spec["seconds"])
         self.fixed = not isinstance(body, SoundTransformer)
         if isinstance(body, SoundTransformer):
             self.dim = body.dim
@@ -124,15 +126,20 @@ class MelEncoder(Encoder):
         """Waveforms [b, n], filled up with zeros, and how many samples of each are its own."""
         longest = round(RATE * self.seconds) if self.fixed else max(map(len, prepared))
         waves = torch.zeros(len(prepared), longest)
-        for row, wave in zip(waves, prepared, strict=True):
-            row[: len(wave)] = torch.from_numpy(wave)
+        for row, wave in zip(waves.numpy(), prepared, strict=True):
+            row[: len(wave)] = wave
         return {"waves": waves, "samples": torch.tensor([len(wave) for wave in prepared])}
 
     def forward(self, x: Mapping[str, Tensor]) -> Float[Tensor, "b dim"]:
-        spectrogram = self.front(x["waves"], x["samples"])
+        waves, samples = x["waves"], x["samples"]
         if self.fixed:
-            return self.body(spectrogram[:, None])
-        return self.body(spectrogram, frames(x["samples"]))
+            return self.body(self.front(waves, samples)[:, None])
+        order = samples.argsort()  # sounds of like length together, so that little is padding
+        parts = []
+        for at in order.split(ALIKE):
+            longest = int(samples[at[-1]])
+            parts.append(self.body(self.front(waves[at, :longest], samples[at]), frames(samples[at])))
+        return torch.cat(parts)[order.argsort()]
 
 
 def mel_encoder(name: str = "mel:small", *, seconds: float | None = None) -> MelEncoder:

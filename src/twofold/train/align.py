@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal, NamedTuple, get_args
@@ -20,6 +21,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
 from twofold import runtime
+from twofold.data.cache import decoded_sounds
 from twofold.data.decode import OnError, Skipped
 from twofold.data.loader import Batches, Choice, sharing
 from twofold.data.sources import Modality, Source, content_key
@@ -35,6 +37,7 @@ from twofold.models.bundle import Bundle, Tower
 from twofold.models.encoders import encoder
 from twofold.models.heads import Standardize, mlp
 from twofold.models.images import ImageEncoder
+from twofold.models.sounds import MelEncoder, TransformersAudio
 from twofold.progress import TERMINAL
 from twofold.train.hardness import hardness_of
 from twofold.train.loop import Run, Watch, fit
@@ -312,18 +315,30 @@ def _of(embedded: Embedded, items: Int[np.ndarray, "n"]) -> Embedded:
 
 def _column(side: _Side, source: Source, name: Modality, recipe: Recipe, weighed: Weights, *, quiet: bool) -> Any:
     """What a batch holds of this side: features, or where the encoder learns what it reads."""
-    kind, cells = source.column(name)
+    kind = source.column(name).kind
     if side.learns and kind == "image":
         assert isinstance(side.encoder, ImageEncoder)
         return pixels_of(side.encoder, source, name)
     if kind == "text":
-        rows = [text for texts in cells for text in texts] if side.learns else side.features.matrix
+        rows = _read_once(side.encoder, source, name) if side.learns else side.features.matrix
         return Choice(rows, side.features.offsets, weighed.of_texts(source, name) if weighed.texts else None)
     if kind == "image" and recipe.views:
         assert isinstance(side.encoder, ImageEncoder)
         seen = [side.features.matrix, *viewed(side.encoder, source, name, recipe.policy, recipe.views, quiet=quiet)]
         return Choice(np.stack(seen, 1).reshape(-1, side.encoder.dim), np.arange(len(source) + 1) * len(seen))
-    return list(cells) if side.learns else side.features.matrix
+    return _read_once(side.encoder, source, name) if side.learns else side.features.matrix
+
+
+def _read_once(one: Encoder, source: Source, name: Modality) -> list:
+    """The single things that an encoder which learns reads again and again: of sounds the waveforms, not the files."""
+    kind, cells = source.column(name)
+    if kind == "text":
+        return [text for texts in cells for text in texts]
+    if not isinstance(one, MelEncoder | TransformersAudio):
+        return list(cells)
+    heard = decoded_sounds(source, name, one.rate, one.seconds)
+    assert len(heard.kept) == len(source)  # the encoder could read them all
+    return heard.waves
 
 
 def pair_batches(
@@ -527,6 +542,10 @@ class _Validation:
         (first, of_first), (second, of_second) = rows
         return agreement(first, second, of_first, of_second)
 
+    @cached_property
+    def _read(self) -> dict[Modality, list]:
+        return {name: _read_once(side.encoder, self.source, name) for name, side in self.sides.items() if side.learns}
+
     def hardness(self, method: Method) -> Mapping[str, float]:
         """A probe for `fit`: how hard the negatives of the first pairs are, of a text that is their item's first."""
         towers = method.towers()
@@ -555,10 +574,7 @@ class _Validation:
         with inference(tower):
             if not self.sides[name].learns:
                 return tower(torch.from_numpy(self.features[name].matrix[chosen]).to(device)).float()
-            kind, cells = self.source.column(name)
-            every = [text for texts in cells for text in texts] if kind == "text" else list(cells)
-            items = [every[row] for row in chosen]
-            one = self.sides[name].encoder
+            one, items = self.sides[name].encoder, [self._read[name][row] for row in chosen]
             parts = (one.inputs(items[start : start + ROWS]) for start in range(0, len(items), ROWS))
             return torch.cat([tower(moved(part, device)).float() for part in parts])
 
