@@ -21,6 +21,7 @@ from twofold.data.audio import hear
 from twofold.data.loader import Batches
 from twofold.data.sources import Column, Source, open_source
 from twofold.errors import DataError, UsageError
+from twofold.mining import Known, hard_negatives
 from twofold.models.bundle import Bundle, Tower
 from twofold.models.encoders import encoder, image_encoder
 from twofold.train import align as module
@@ -537,6 +538,28 @@ def test_with_mined_negatives_the_scale_and_bias_are_kept_for_calibration(tmp_pa
     hard = tmp_path / "hard.jsonl"
     done = align(pairs, out=tmp_path / "run", towers=VECTORS, recipe=recipe, negatives=hard, quiet=True)
     assert done.bundle.meta["siglip"]["scale"] > 0 and "hardest" in done.run.log[-1]
+
+
+def test_a_model_mines_its_own_negatives_as_it_learns(tmp_path, no_training):
+    pairs = vectors()
+    seen = no_training(pairs, tmp_path, towers=VECTORS, recipe=replace(SMALL, mine=2))
+    method, train = seen["method"], pairs.split("train")
+    assert method.every == 2 * seen["batches"].steps_per_epoch and (method.negatives < 0).all()
+    first, second = (
+        tower(torch.from_numpy(np.stack(train.column(name).cells))) for name, tower in method.eval().towers().items()
+    )
+    own = [[item] for item in range(len(train))]
+    known = Known(same={"item": range(len(train))}, alike={"a": first})
+    found = hard_negatives(first, second, own, k=5, known=known)
+    assert torch.equal(method.mine(method), found.negatives) and (found.negatives >= 0).any()
+
+
+def test_training_goes_on_with_what_was_mined(tmp_path):
+    pairs = vectors()
+    done = align(pairs, out=tmp_path / "run", towers=VECTORS, recipe=replace(SMALL, mine=1, epochs=3), quiet=True)
+    assert done.after > done.before
+    with pytest.raises(UsageError, match="not both"):
+        align(pairs, out=tmp_path, towers=VECTORS, recipe=replace(SMALL, mine=1), negatives="hard.jsonl", quiet=True)
 
 
 def test_an_encoder_in_chunks_learns_what_it_learns_at_once(pictures, pretrained, tmp_path):

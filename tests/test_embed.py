@@ -109,7 +109,7 @@ def test_broken_pictures_are_skipped_by_name_and_their_copies_too(encoder):
     done = embed(encoder, source, "image")
     assert done.ids == ["a", "c"] and done.kept.tolist() == [0, 2] and done.matrix.shape == (2, 32)
     assert [name for name, _ in done.skipped] == ["b", "d", "e"]
-    assert dict(done.skipped)["d"] == "empty" and dict(done.skipped)["b"] == dict(done.skipped)["e"]
+    assert dict(done.skipped)["d"] == "has no image" and dict(done.skipped)["b"] == dict(done.skipped)["e"]
     with pytest.raises(DecodeError, match="b: "):
         embed(encoder, source, "image", on_error="raise")
     nothing = embed(encoder, source.take([1, 3]), "image")

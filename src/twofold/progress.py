@@ -42,7 +42,8 @@ class Line:
     ) -> None:
         """`done` of `total`; `per_unit` turns them into what the rate counts (images a step)."""
         rate = (done - self._first) * per_unit / max(time.monotonic() - self._start, 1e-9)
-        words = f"{rate:,.0f} {self._unit}/s" + "".join(f" · {k} {v:.3f}" for k, v in (figures or {}).items())
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        words = f"{shown} {self._unit}/s" + "".join(f" · {k} {v:.3f}" for k, v in (figures or {}).items())
         if self._task is None:
             self._task = self._bar.add_task(self._what, total=total, completed=self._first, figures="")
         self._bar.update(self._task, completed=done, total=total, figures=words)

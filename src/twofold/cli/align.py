@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from twofold.cli.flags import Columns, Data, Folder, OnError, assigned, call, described
+from twofold.cli.flags import Columns, Data, Folder, OnError, again, assigned, call, described
 from twofold.cli.show import print_evaluation, print_json, print_report, print_skipped
 
 
@@ -89,6 +89,7 @@ def align(arguments: list[str]) -> None:
             "seconds": done.run.seconds,
             "last": done.run.log[-1],
             "validation": {"before": done.before, "after": done.after},
+            "skipped": [skip._asdict() for skip in done.skipped],
         }
         measured = None
         if source.splits is not None and "test" in source.splits:
@@ -106,7 +107,8 @@ def align(arguments: list[str]) -> None:
         if measured:
             print_evaluation(measured)
         print_report(verdict)
-        print(f"\n  {out / 'bundle'}\n  next: twofold index {pairs} --model {out} --out {out / 'index'}")
+        given = again(pairs, images, columns)
+        print(f"\n  {out / 'bundle'}\n  next: twofold index {given} --model {out} --out {out / 'index'}")
 
     call(verb, "align", arguments, description=described(align))
 

@@ -100,6 +100,7 @@ def calibrate(
                 "honesty": done.honesty,
                 "raw": done.raw,
                 "tried": {remedy.kind: remedy.gain for remedy in done.tried},
+                "skipped": done.skipped,
             }
         )
         return

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,6 +45,12 @@ def call(function: Callable[..., None], name: str, arguments: list[str], *, desc
 def described(function: Callable[..., Any]) -> str:
     """A function's docstring without what tyro shows beside the flags."""
     return (inspect.getdoc(function) or "").split("\nArgs:")[0].rstrip()
+
+
+def again(data: str, images: Path | None = None, columns: tuple[str, ...] = ()) -> str:
+    """DATA as the next command takes it, with what this one was told about it."""
+    said = [*(["--images", str(images)] if images else []), *(["--columns", *columns] if columns else [])]
+    return shlex.join([data, *said])
 
 
 def assigned(flag: str, words: tuple[str, ...]) -> dict[str, str]:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from twofold.cli.flags import Data, Folder, OnError, assigned, verb
+from twofold.cli.flags import Columns, Data, Folder, OnError, assigned, verb
 from twofold.cli.show import print_checked, print_corrected, print_json, print_skipped, write_csv
 
 if TYPE_CHECKING:
+    from twofold.data.sources import Source
     from twofold.retrieve.engines import Kept
 
 Existing = Literal["keep", "prune", "replace"]
@@ -31,6 +32,8 @@ def index(
     ray: Annotated[str | None, arg(metavar="ADDRESS")] = None,
     store: Annotated[str | None, arg(metavar="STORE")] = None,
     hnsw: Annotated[tuple[str, ...], arg(metavar="NAME=N …")] = (),
+    columns: Columns = (),
+    images: Annotated[Path | None, arg(metavar="DIR")] = None,
     on_error: OnError = "skip",
     check: Made = None,
     repair: Made = None,
@@ -69,6 +72,8 @@ def index(
         store: what answers searches: chroma (embedded, the default), exact (every vector), chroma:URL (a server),
             qdrant:URL; the index remembers it, and another one is filled from its vectors
         hnsw: settings of its graph: max_neighbors (16), ef_construction (100), ef_search (100)
+        columns: which further columns of the manifest are modalities, each of a kind: image, text, audio, video, vector
+        images: where the manifest's files are, if not beside it
         on_error: what to do with a picture that cannot be read
         check: hold the parts of this index against each other; changes nothing
         repair: mend this index: embed what is lost again, drop what is gone, make its store anew
@@ -77,6 +82,7 @@ def index(
         csv: with --duplicates, a file for the list
         json: print the result as JSON
     """
+    from twofold.data.sources import open_source
     from twofold.errors import UsageError
     from twofold.progress import Line
 
@@ -96,18 +102,20 @@ def index(
         _corrected(corrected, json)
     elif source is None or model is None or out is None:
         raise UsageError("Three things are needed: `twofold index SOURCE --model MODEL --out INDEX`.")
-    elif part:
-        _part(source, model, out, part, existing, modality, on_error, json)
     else:
+        opened = open_source(source, images=images, columns=assigned("columns", columns))
+        if part:
+            _part(opened, model, out, part, existing, modality, on_error, json)
+            return
         if ray:
-            _on_ray(source, model, out, ray, existing, modality, on_error, json)
+            _on_ray(opened, model, out, ray, existing, modality, on_error, json)
         from twofold.retrieve.index import index
         from twofold.retrieve.text_embedders import text_embedder
 
         kept = _kept(store, hnsw, out)
         with Line("embed", unit="items", quiet=json) as line:
             built = index(
-                source,
+                opened,
                 model=model,
                 out=out,
                 modality=modality,
@@ -134,7 +142,7 @@ def index(
 
 
 def _part(
-    source: str,
+    source: "Source",
     model: Path,
     out: Path,
     part: str,
@@ -143,7 +151,6 @@ def _part(
     on_error: OnError,
     json: bool,
 ) -> None:
-    from twofold.data.sources import open_source
     from twofold.models.bundle import Bundle
     from twofold.progress import Line
     from twofold.retrieve.bulk import Part, embed_part
@@ -151,7 +158,7 @@ def _part(
     mine = Part.read(part)
     with Line(f"embed {mine.number}/{mine.of}", unit="items", quiet=json) as line:
         skipped = embed_part(
-            open_source(source), Bundle.load(model), out, mine,
+            source, Bundle.load(model), out, mine,
             existing=existing, modality=modality, on_error=on_error, progress=line.update,
         )  # fmt: skip
     if json:
@@ -162,7 +169,7 @@ def _part(
 
 
 def _on_ray(
-    source: str,
+    source: "Source",
     model: Path,
     out: Path,
     address: str,
@@ -172,13 +179,12 @@ def _on_ray(
     json: bool,
 ) -> None:
     """Embed on a cluster; what could not be is named by the build that follows."""
-    from twofold.data.sources import open_source
     from twofold.progress import Line
     from twofold.retrieve.bulk import embed_on_ray
 
     with Line("embed on Ray", unit="items", quiet=json) as line:
         embed_on_ray(
-            open_source(source), model, out,
+            source, model, out,
             address=address, existing=existing, modality=modality, on_error=on_error, progress=line.update,
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from twofold.cli.flags import Columns, Data, OnError, assigned, call, described
+from twofold.cli.flags import Columns, Data, OnError, again, assigned, call, described
 from twofold.cli.show import print_json, print_skipped
 
 
@@ -96,14 +96,15 @@ def mine(arguments: list[str]) -> None:
             print(f"  {name:<24} {removed.candidates:>9,} removed, {removed.alone:,} by it alone")
             for example in removed.examples[:2]:
                 print(f"    {_shown(done, example)}")
-        print(f"  next: twofold align {data} --out runs/harder --negatives {out}")
+        print(f"  next: twofold align {again(data, images, columns)} --out runs/harder --negatives {out}")
 
     def _told(done: MinedPairs) -> dict:
         removed = {
             name: {**found._asdict(), "examples": [_shown(done, one) for one in found.examples]}
             for name, found in done.mined.removed.items()
         }
-        return {"looked": done.mined.looked, "short": done.mined.short, "removed": removed}
+        skipped = [skip._asdict() for skip in done.skipped]
+        return {"looked": done.mined.looked, "short": done.mined.short, "removed": removed, "skipped": skipped}
 
     def _shown(done: MinedPairs, example: object) -> str:
         one = example._asdict()  # type: ignore[attr-defined]
@@ -111,7 +112,8 @@ def mine(arguments: list[str]) -> None:
         positive, candidate = (
             done.candidates.written(one[name], done.source)[:60] for name in ("positive", "candidate")
         )
-        return f"{query[:40]}: {candidate!r} {one['score']:.3f} beside {positive!r} {one['positive_score']:.3f}"
+        query = query if len(query) <= 40 else f"⋯{query[-39:]}"  # of a path, its end tells
+        return f"{query}: {candidate!r} {one['score']:.3f} beside {positive!r} {one['positive_score']:.3f}"
 
     call(verb, "mine", arguments, description=described(mine))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from twofold.cli.flags import Columns, Data, Folder, OnError, assigned, verb
+from twofold.cli.flags import Columns, Data, Folder, OnError, again, assigned, verb
 from twofold.cli.show import plain, print_json, print_skipped
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def pairs(
     )
     for one in audit.pairs[:10]:
         print(f"  {100 * one.wrong:3.0f} %  {one.id}  {one.text[:70]!r}  {'; '.join(one.reasons[:2])}")
-    print(f"  {out / 'pairs.html'}\n  next: twofold align {data} --out runs/weighed --weights {out / 'pairs.csv'}")
+    given = again(data, images, columns)
+    print(f"  {out / 'pairs.html'}\n  next: twofold align {given} --out runs/weighed --weights {out / 'pairs.csv'}")
 
 
 def write_csv(audit: "Audit", path: Path) -> None:

@@ -3,7 +3,7 @@
 import csv
 import json as jsonlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def write_csv(path: Path, header: tuple[str, ...], rows: Iterable[Iterable[Any]]
     write_atomically(path, write)
 
 
-def print_skipped(skipped: list) -> None:
+def print_skipped(skipped: Sequence) -> None:
     for item in skipped[:5]:
         print(f"  skipped {item.id}: {item.reason}", file=sys.stderr)
     if len(skipped) > 5:
@@ -48,6 +48,7 @@ def print_skipped(skipped: list) -> None:
 def print_evaluation(measured: Any) -> None:
     from twofold.terminal import CONSOLE, evaluation_tables
 
+    print_skipped(measured.skipped)
     CONSOLE.print(*evaluation_tables(measured), sep="\n")
 
 
@@ -135,6 +136,7 @@ def print_report(reported: tuple[Any, Path] | None) -> None:
 def print_calibrated(done: Any) -> None:
     from twofold.terminal import CONSOLE, calibration_tables
 
+    print_skipped(done.skipped)
     CONSOLE.print(*calibration_tables(done), sep="\n")
 
 

@@ -527,7 +527,7 @@ def _differ(a: Any, b: Any) -> bool:
 
 def _texts(cell: Any) -> list[str]:
     cells = cell if isinstance(cell, list | tuple) else [cell]
-    return [str(text) for text in cells if text not in (None, "")]
+    return [str(text) for text in cells if text is not None and str(text).strip()]
 
 
 def _id(name: str, row: int, cell: Any) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from twofold.data.decode import OnError
+from twofold.data.decode import OnError, Skipped
 from twofold.data.sources import Modality, Source
 from twofold.errors import DataError, UsageError, unknown
 from twofold.measure.calibration import (
@@ -36,6 +36,7 @@ class Calibrated:
     honesty: Honesty  # cross-validated; of SigLIP's sigmoid, which is not fitted, as it is
     raw: Honesty | None  # SigLIP's sigmoid at its training odds, where the bundle knows it
     tried: list[Remedy]  # with their gains, largest first
+    skipped: Sequence[Skipped] = ()  # items of the split that are in no pair
 
 
 def calibrate(
@@ -94,9 +95,10 @@ def calibrate(
             raise UsageError("SigLIP's sigmoid is one of plain cosines; with a remedy, fit platt or isotonic.")
         least = threshold(seen.scores[:, 0], cost)
         made = Calibration("siglip", own.gallery, own.scale, own.offset, threshold=least, cost=cost, about=about)
-        return Calibrated(made, direction(queries, gallery), honesty(made, seen, gallery=seen.gallery), raw, tried)
+        own_way = honesty(made, seen, gallery=seen.gallery)
+        return Calibrated(made, direction(queries, gallery), own_way, raw, tried, held_out.skipped)
     made = fit_calibration(seen, kind=kind, cost=cost, remedy=chosen, about=about)
-    return Calibrated(made, direction(queries, gallery), cross_validated(seen, kind=kind), raw, tried)
+    return Calibrated(made, direction(queries, gallery), cross_validated(seen, kind=kind), raw, tried, held_out.skipped)
 
 
 def keep(model: Path | str, done: Calibrated) -> Path:

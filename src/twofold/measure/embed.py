@@ -96,7 +96,7 @@ def embed(
     kept, counts = np.unique(owner[rows], return_counts=True)
     reasons = dict(failed)
     broken = {keys[index]: reasons[name] for index, name in zip(todo, names, strict=True) if name in reasons}
-    why = {owner[index]: broken[key] for index, key in enumerate(keys) if key in broken}
+    why = {owner[index]: broken[key] for index, key in enumerate(keys) if key in broken and contents[index] != b""}
     absent = np.setdiff1d(np.arange(len(source)), kept)
     skipped = [Skipped(source.ids[item], why.get(item, f"has no {modality}")) for item in absent]
     if skipped and on_error == "raise":

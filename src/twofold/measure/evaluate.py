@@ -4,7 +4,7 @@ where there are words for them, recall where there are pairs."""
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from twofold.data.decode import OnError
+from twofold.data.decode import OnError, Skipped
 from twofold.data.sources import Modality, Source
 from twofold.errors import DataError, UsageError, unknown
 from twofold.measure.columns import LEAST, columns_of
@@ -34,6 +34,7 @@ class Evaluation(NamedTuple):
     paired: Paired | None
     space: Space | None = None
     zero_shot: ZeroShot | None = None
+    skipped: Sequence[Skipped] = ()  # items that are in no pair
 
 
 def both_ways(pairs: Matched, *, by: Sequence[str | None] | None = None) -> Paired:
@@ -124,11 +125,11 @@ def evaluate(
         measured_at(bundle, "image", at)
     tested = data if data.splits is None else data.split(split)
     named = _zero_shot(bundle, tested, templates, on_error=on_error, quiet=quiet) if templates else None
-    space = None
+    space, skipped = None, []
     if (modalities := pair_of(bundle, data, between)) is not None:
         both = matched(bundle, tested, modalities, on_error=on_error, quiet=quiet)
         pairs = both_ways(both, by=_groups(both.items, by))
-        space = space_of(both)
+        space, skipped = space_of(both), both.skipped
     elif by is not None:
         raise UsageError(f"by={by!r} divides queries; {data.name} and this bundle share no two modalities.")
     if labels is None and pairs is None and named is None:
@@ -137,7 +138,7 @@ def evaluate(
             f"two modalities that the bundle has towers for, such as pictures and captions (this one has "
             f"{', '.join(bundle.towers)})."
         )
-    return Evaluation(labels, pairs, space, named)
+    return Evaluation(labels, pairs, space, named, skipped)
 
 
 def _zero_shot(bundle: Bundle, data: Source, templates: Sequence[str], *, on_error: OnError, quiet: bool) -> ZeroShot:

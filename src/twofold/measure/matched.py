@@ -1,12 +1,12 @@
 """Two modalities of one source, embedded, and who belongs to whom."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from twofold.data.decode import OnError
+from twofold.data.decode import OnError, Skipped
 from twofold.data.sources import Modality, Source
 from twofold.errors import DataError, UsageError, unknown
 from twofold.measure.embed import embed
@@ -28,6 +28,7 @@ class Matched:
 
     items: Source
     sides: dict[Modality, Side]
+    skipped: list[Skipped] = field(default_factory=list)  # what lacks one of them, or cannot be read
 
     def positives(self, queries: Modality, gallery: Modality) -> list[list[int]]:
         """The gallery's rows that belong to each query."""
@@ -54,7 +55,8 @@ def matched(
         owner = np.repeat(found.kept, np.diff(found.offsets))
         rows = np.isin(owner, kept)
         sides[modality] = Side(found.matrix[rows], np.searchsorted(kept, owner[rows]))
-    return Matched(data.take(kept), sides)
+    skipped = {skip.id: skip for found in done.values() for skip in found.skipped}
+    return Matched(data.take(kept), sides, list(skipped.values()))
 
 
 def pair_of(bundle: Bundle, data: Source, between: Sequence[Modality] = ()) -> tuple[Modality, Modality] | None:

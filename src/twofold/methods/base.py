@@ -31,6 +31,11 @@ class Method(nn.Module, ABC):
     smallest_batch = 2  # rows of a batch: what is compared with others, or with their spread, says nothing alone
     sync_batchnorm = True  # several processes: BatchNorm sees the global batch, as one process would
 
+    @property
+    def name(self) -> str:
+        """What log and record call it; a method around another one goes by that one's name."""
+        return type(self).__name__
+
     @abstractmethod
     def forward(self, batch: Mapping[str, Any], draw: torch.Generator) -> Out:
         """One step's loss on a batch of `needs`; whatever is random comes from `draw`."""

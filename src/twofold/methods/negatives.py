@@ -56,6 +56,10 @@ class WithNegatives(Method):
         self.register_buffer("corpus", corpus, persistent=False)
         self.register_buffer("owner", owner, persistent=False)
 
+    @property
+    def name(self) -> str:
+        return self.method.name
+
     def forward(self, batch: Mapping[str, Any], draw: torch.Generator) -> Out:
         rows = self._drawn(batch["item"], draw)
         mine = rows[runtime.share(len(rows))]

@@ -42,13 +42,14 @@ from twofold.progress import TERMINAL
 from twofold.train.hardness import hardness_of
 from twofold.train.loop import Run, Watch, fit
 from twofold.train.lora import low_rank
-from twofold.train.mine import normalised, read_negatives
+from twofold.train.mine import COUNT, Miner, miner, normalised, read_negatives
 from twofold.train.optim import Optimizer
 from twofold.train.viewed import pixels_of, viewed
 from twofold.train.weights import Weights, read_weights
 from twofold.views import policies
 
 Objective = Literal["siglip", "clip", "triplet"]
+Learns = Literal["", "from scratch", "tuned", "lora"]
 SCALE = 25.0  # where SigLIP's scale ends on small data; from the paper's 10 it is still on its way when training ends
 KNOWING = 0.1  # the rate of heads that start as the identity, as a part of `lr`
 ROWS = 64  # items that an encoder takes at a time when they are only looked at
@@ -78,6 +79,7 @@ class Recipe:
     policy: str = "mae"  # what views of pictures are: a preset's name or a file
     chunk: int | None = None  # rows a trained encoder sees at a time: a batch that memory does not hold
     holdout: float = 0.0  # share of the pairs to validate on, where the data has no split "val"
+    mine: int = 0  # epochs between minings of hard negatives by the model itself, with `mine`'s guards; 0: none
     patience: int = 15  # epochs without a better recall in validation, after which training stops
     seed: int = 0
 
@@ -86,6 +88,8 @@ class Recipe:
             raise unknown("objective", self.objective, get_args(Objective))
         if self.views < 0:
             raise UsageError(f"views are further views of each picture, 0 or more; got {self.views}.")
+        if self.mine < 0:
+            raise UsageError(f"mine is the number of epochs between minings, 0 for none; got {self.mine}.")
         if not 0 <= self.holdout < 1:
             raise UsageError(f"holdout is the share of the pairs that validate, below 1; got {self.holdout}.")
 
@@ -110,7 +114,7 @@ class _Side(NamedTuple):
     encoder: Encoder
     features: Embedded
     head: nn.Module
-    learns: Literal["", "from scratch", "tuned", "lora"]
+    learns: Learns
 
     @property
     def tower(self) -> nn.Module:
@@ -142,7 +146,8 @@ def align(
     _check_towers(towers, pairs, recipe)
     weighed = read_weights(weights) if isinstance(weights, Path | str) else Weights(weights or {})
     weighed.check(pairs)
-    train, held = parts(with_texts(pairs, towers), towers, recipe)
+    said, mute = with_texts(pairs, towers)
+    train, held = parts(said, towers, recipe)
     train = train.take(np.flatnonzero(weighed.shares(train, towers)))
     with torch.random.fork_rng():  # an encoder from scratch draws its weights
         torch.manual_seed(runtime.seed_of(recipe.seed, "encoders"))
@@ -150,19 +155,19 @@ def align(
         for name, spec in towers.items():
             column = train.column(name)
             encoders[name] = encoder(spec, column.kind, column=column)
+    learns = {name: _learns(name, spec, encoders[name], recipe) for name, spec in towers.items()}
+    if recipe.mine or negatives is not None:
+        _check_mining(train, learns, recipe, negatives)
     train, features, skipped = embedded(train, encoders, on_error=on_error, quiet=quiet)
     shared = _share_a_space(features, linked(train, towers))
     with torch.random.fork_rng():
         torch.manual_seed(runtime.seed_of(recipe.seed, "weights"))
-        sides = {
-            name: _side(encoders[name], features[name], _learns(name, spec, encoders[name], recipe), shared, recipe)
-            for name, spec in towers.items()
-        }
+        sides = {name: _side(encoders[name], features[name], learns[name], shared, recipe) for name in towers}
     untrained = _bundle(sides, {"untrained": True})
     columns = {name: _column(side, train, name, recipe, weighed, quiet=quiet) for name, side in sides.items()}
-    mined = None if negatives is None else _mined(Path(negatives), train, towers, sides, recipe)
+    mined = None if negatives is None else _mined(Path(negatives), train, towers)
     batches = pair_batches(
-        {**columns, "item": np.arange(len(train))} if mined is not None else columns,
+        {**columns, "item": np.arange(len(train))} if mined is not None or recipe.mine else columns,
         linked(train, towers),
         batch=recipe.batch,
         seed=recipe.seed,
@@ -171,7 +176,8 @@ def align(
     )
     watch, probes = None, {}
     if held is not None:
-        validation = _Validation.of(held, encoders, towers, sides, quiet=quiet)
+        validation, lost = _Validation.of(held, encoders, towers, sides, quiet=quiet)
+        skipped += lost
         watch = Watch(validation, every=batches.steps_per_epoch, patience=recipe.patience, name="recall")
         probes = {"hardness": validation.hardness}
 
@@ -180,7 +186,11 @@ def align(
         low_rank(tuned, rank=recipe.rank, seed=recipe.seed) if recipe.train == "lora" else nullcontext(),
         _statistics_kept(tuned),
     ):
-        method = _method(sides, recipe, batches.batch, mined, meeting=_mean_cosine(features) if shared else 0.0)
+        method = _method(sides, recipe, batches.batch, meeting=_mean_cosine(features) if shared else 0.0)
+        if mined is not None or recipe.mine:
+            mine = miner(train, features) if recipe.mine else None
+            every = recipe.mine * batches.steps_per_epoch
+            method = _with_negatives(method, [*features.values()][1], mined, every, mine)
         before = watch.score(method.eval()) if watch else None
         run = fit(
             method,
@@ -216,7 +226,7 @@ def align(
             _warn_of_forgetting(before, after, recipe)
     bundle = _bundle(sides, meta)
     bundle.save(Path(out) / "bundle")
-    return Alignment(bundle, untrained, run, skipped, before, after)
+    return Alignment(bundle, untrained, run, [*mute, *skipped], before, after)
 
 
 # -- What there is to learn from --------------------------------------------------------------------------------------
@@ -238,8 +248,11 @@ def _check_towers(towers: Mapping[Modality, str], pairs: Source, recipe: Recipe)
         )
 
 
-def with_texts(pairs: Source, towers: Mapping[Modality, str]) -> Source:
-    """The items that have both sides, without texts that are blank or stand twice at their item."""
+def with_texts(pairs: Source, towers: Mapping[Modality, str]) -> tuple[Source, list[Skipped]]:
+    """The items that have a text, without texts that are blank or stand twice at their item; and those that have none.
+
+    Named are only items that are learned from or validate.
+    """
     columns = {name: column for name in towers if (column := pairs.column(name)).kind == "text"}
     cells = {
         name: [list(dict.fromkeys(text for text in texts if text.strip())) for texts in column.cells]
@@ -252,7 +265,12 @@ def with_texts(pairs: Source, towers: Mapping[Modality, str]) -> Source:
         )
     others = {name: column._replace(cells=cells[name]) for name, column in columns.items() if name != "text"}
     texts = cells.get("text", pairs.texts)
-    return replace(pairs, texts=texts, columns={**pairs.columns, **others}).take(full)
+    mute = [
+        Skipped(pairs.ids[item], f"has no {next(name for name, texts in cells.items() if not texts[item])}")
+        for item in sorted({*range(len(pairs))}.difference(full))
+        if pairs.splits is None or pairs.splits[item] in ("train", "val")
+    ]
+    return replace(pairs, texts=texts, columns={**pairs.columns, **others}).take(full), mute
 
 
 def parts(pairs: Source, towers: Mapping[Modality, str], recipe: Recipe) -> tuple[Source, Source | None]:
@@ -372,7 +390,7 @@ def pair_batches(
 # -- What learns ------------------------------------------------------------------------------------------------------
 
 
-def _learns(name: Modality, spec: str, one: Encoder, recipe: Recipe) -> Literal["", "from scratch", "tuned", "lora"]:
+def _learns(name: Modality, spec: str, one: Encoder, recipe: Recipe) -> Learns:
     scratch = spec.startswith(("bpe:", "mel:")) or spec.endswith("@untrained")
     if recipe.train not in ("all", "lora", name) or not any(True for _ in one.parameters()):
         if scratch:
@@ -405,35 +423,50 @@ def _head(features: Embedded, recipe: Recipe) -> nn.Sequential:
     return nn.Sequential(standard, nn.Dropout(recipe.dropout / 2), *layers)
 
 
-def _method(
-    sides: Mapping[Modality, _Side], recipe: Recipe, batch: int, mined: Tensor | None, *, meeting: float
-) -> Method:
+def _method(sides: Mapping[Modality, _Side], recipe: Recipe, batch: int, *, meeting: float) -> Method:
     """`meeting` is the cosine at which rows that have nothing to do with each other meet before training."""
     towers = {name: side.tower for name, side in sides.items()}
     views = {name: _view(side.encoder, recipe) for name, side in sides.items() if side.learns}
     if recipe.objective == "triplet":
         return VSE(towers, views=views)
-    method = (
-        CLIP(towers, views=views)
-        if recipe.objective == "clip"
-        else SigLIP(towers, views=views, scale=SCALE, bias=-math.log(max(batch - 1, 1)) - SCALE * meeting)
-    )
-    if mined is None:
-        return method
-    second = [*sides.values()][1].features
-    owner = torch.from_numpy(np.repeat(np.arange(len(second.ids)), np.diff(second.offsets)))
-    return WithNegatives(method, torch.from_numpy(second.matrix), owner, mined)
+    if recipe.objective == "clip":
+        return CLIP(towers, views=views)
+    return SigLIP(towers, views=views, scale=SCALE, bias=-math.log(max(batch - 1, 1)) - SCALE * meeting)
 
 
-def _mined(
-    path: Path, train: Source, towers: Mapping[Modality, str], sides: Mapping[Modality, _Side], recipe: Recipe
-) -> Int64[Tensor, "n k"]:
-    second = [*towers][1]
-    if sides[second].learns or recipe.objective == "triplet":
+def _check_mining(
+    train: Source, learns: Mapping[Modality, Learns], recipe: Recipe, negatives: Path | str | None
+) -> None:
+    first, second = learns
+    if recipe.mine and negatives is not None:
+        raise UsageError(
+            "Negatives are mined by the model itself (--mine) or come from a file (--negatives), not both."
+        )
+    if learns[second] or recipe.objective == "triplet":
         raise UsageError(
             f"Mined negatives go with clip and siglip, and with a frozen {second} encoder: its features are mined. "
-            f"Leave {second} out of --train, or --negatives away."
+            f"Leave {second} out of --train, or the negatives away."
         )
+    kind, cells = train.column(first)
+    if recipe.mine and (learns[first] or (kind == "text" and any(len(texts) > 1 for texts in cells))):
+        raise UsageError(
+            f"A model that mines as it learns takes a frozen {first} encoder, and one {first} an item. Mine with "
+            "`twofold mine` instead, and give --negatives."
+        )
+
+
+def _with_negatives(
+    method: Method, second: Embedded, mined: Tensor | None, every: int, mine: Miner | None
+) -> WithNegatives:
+    """Negatives from a file; or none at first, and those that the model mines `every` so many steps."""
+    assert isinstance(method, CLIP | SigLIP)
+    owner = torch.from_numpy(np.repeat(np.arange(len(second.ids)), np.diff(second.offsets)))
+    negatives = torch.full((len(second.ids), COUNT), -1) if mined is None else mined
+    return WithNegatives(method, torch.from_numpy(second.matrix), owner, negatives, every=every, mine=mine)
+
+
+def _mined(path: Path, train: Source, towers: Mapping[Modality, str]) -> Int64[Tensor, "n k"]:
+    second = [*towers][1]
     kind, cells = train.column(second)
     return read_negatives(path, train.ids, cells if kind == "text" else None)
 
@@ -529,9 +562,9 @@ class _Validation:
         sides: Mapping[Modality, _Side],
         *,
         quiet: bool,
-    ) -> "_Validation":
-        held, features, _ = embedded(held, encoders, on_error="skip", quiet=quiet)
-        return cls(held, features, linked(held, towers), sides)
+    ) -> tuple["_Validation", list[Skipped]]:
+        held, features, skipped = embedded(held, encoders, on_error="skip", quiet=quiet)
+        return cls(held, features, linked(held, towers), sides), skipped
 
     def __call__(self, method: Method) -> float:
         towers, rows = method.towers(), []

@@ -102,7 +102,7 @@ def learn_from(
     towers = {modality: "", "text": ""}
     if missing := [name for name in towers if name not in pairs.modalities]:
         raise DataError(f"{pairs.name} has no {missing[0]}: pairs to replay have both sides, as those of `align`.")
-    train, held = parts(with_texts(pairs, towers), towers, Recipe(holdout=lesson.holdout, seed=lesson.seed))
+    train, held = parts(with_texts(pairs, towers)[0], towers, Recipe(holdout=lesson.holdout, seed=lesson.seed))
     assert held is not None or not lesson.holdout
     tower = bundle.tower("text")
     head = _learning(tower)

@@ -152,7 +152,7 @@ def fit(
         )
     asked = {
         **record,
-        "method": type(method).__name__,
+        "method": method.name,
         "steps": steps,
         "batch": batches.batch,
         "seed": seed,
@@ -180,7 +180,7 @@ def fit(
     log = Log(out / "log.jsonl", step=first) if fabric.is_global_zero else None
     pending: list[torch.Tensor] = []  # losses since the last look at them: reading one waits for the device
     line = Line(
-        type(method).__name__.lower(),
+        method.name.lower(),
         unit="clips" if "video" in method.needs else "images" if set(method.needs) <= {"image", "label"} else "pairs",
         done=first,
         quiet=quiet or log is None,

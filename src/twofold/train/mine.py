@@ -7,7 +7,8 @@ import csv
 import json
 import unicodedata
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,20 @@ from torch import Tensor
 from twofold.data.atomic import write_atomically
 from twofold.data.cache import decoded
 from twofold.data.decode import OnError, Skipped
-from twofold.data.sources import Source
+from twofold.data.sources import Modality, Source
 from twofold.data.tables import READERS
 from twofold.errors import DataError, UsageError, unknown
-from twofold.measure.embed import embed
+from twofold.measure.embed import Embedded, embed
+from twofold.methods import Method
 from twofold.mining import Guards, Known, Mined, Search, hard_negatives, perceptual_hashes
+from twofold.models.base import device_of, inference
 from twofold.models.bundle import Bundle
 from twofold.progress import Line
 
 PRINT_SIDE = 32  # pixels a side of what perceptual hashes are taken of
+COUNT = 5  # negatives of each anchor
+DEPTH = 100  # candidates of each that are looked at
+Miner = Callable[[Method], Int64[Tensor, "n k"]]
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
@@ -80,11 +86,11 @@ def mine(
     *,
     anchor: str = "image",
     against: str = "text",
-    k: int = 5,
+    k: int = COUNT,
     guards: Guards = Guards(),  # noqa: B008 — frozen
     same: Sequence[str] = (),
     search: Search | None = None,
-    depth: int = 100,
+    depth: int = DEPTH,
     on_error: OnError = "skip",
     quiet: bool = False,
 ) -> MinedPairs:
@@ -110,7 +116,8 @@ def mine(
     ]
     asked = [row for row, others in enumerate(own) if others]
     if not asked:
-        raise DataError(f"{data.name} has no item with two {anchor}s: there is nothing that one should find.")
+        both = f"two {anchor}s" if anchor == against else f"both {anchor} and {against}"
+        raise DataError(f"{data.name} has no item with {both}: there is nothing that one should find.")
     positives = [own[row] for row in asked]
     known = _known(source, anchors, candidates, asked, positives, guards, same)
     with Line("mine", unit="queries", quiet=quiet) as line:
@@ -177,6 +184,32 @@ def _known(
     if anchors.modality != candidates.modality and len(anchors.owner) == len(source):
         alike[anchors.modality] = anchors.matrix[candidates.owner]
     return Known(same=same, asked=own, alike=alike, prints=prints)
+
+
+def miner(source: Source, features: Mapping[Modality, Embedded], guards: Guards = Guards()) -> Miner:  # noqa: B008
+    """How a method in training mines its own hard negatives: the items' first modality against rows of the second.
+
+    `features` are what both frozen encoders made of the source's items, one row an item of the first.
+    """
+    (first, asks), (second, answers) = features.items()
+    anchors = Side(first, asks.matrix, np.arange(len(source)), source.column(first).cells)
+    kind, cells = source.column(second)
+    owner = np.repeat(np.arange(len(source)), np.diff(answers.offsets))
+    flat = [text for own in cells for text in own] if kind == "text" else cells
+    positives = [range(start, stop) for start, stop in pairwise(answers.offsets.tolist())]
+    candidates = Side(second, answers.matrix, owner, flat)
+    known = _known(source, anchors, candidates, range(len(source)), positives, guards, ())
+
+    def mine(method: Method) -> Int64[Tensor, "n k"]:
+        towers, device = method.towers(), device_of(method)
+        with inference(method):
+            asked = towers[first](torch.from_numpy(asks.matrix).to(device))
+            corpus = towers[second](torch.from_numpy(answers.matrix).to(device))
+        alike = {first: asked[torch.from_numpy(owner).to(device)]}
+        now = replace(known, alike=alike)
+        return hard_negatives(asked, corpus, positives, k=COUNT, guards=guards, known=now, depth=DEPTH).negatives
+
+    return mine
 
 
 def column_of(source: Source, name: str) -> Sequence[Hashable]:

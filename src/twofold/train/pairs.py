@@ -108,11 +108,12 @@ def audit_pairs(
     if recipe.train != "none":
         raise UsageError("Pairs are judged by heads on frozen encoders; leave train at none.")
     train = pairs if pairs.splits is None else replace(pairs.split("train"), splits=None)
-    train = with_texts(train, towers)
+    train, mute = with_texts(train, towers)
     encoders = {
         name: encoder(spec, train.column(name).kind, column=train.column(name)) for name, spec in towers.items()
     }
     train, features, skipped = embedded(train, encoders, on_error=on_error, quiet=quiet)
+    skipped = [*mute, *skipped]
     one, two = towers
     if train.modalities[one] == "text" != train.modalities[two]:  # several texts an item are the second side
         one, two = two, one
