@@ -163,7 +163,7 @@ def groups_table(way: str, found: Retrieval) -> Table:
 
 def zero_shot_table(found: ZeroShot) -> Table:
     made = table("zero-shot", "accuracy", "top 5", "chance")
-    made.add_row(" · ".join(found.templates), interval(found.accuracy), interval(found.top5), f"{found.chance:.3f}")
+    made.add_row("\n".join(found.templates), interval(found.accuracy), interval(found.top5), f"{found.chance:.3f}")
     return made
 
 

@@ -96,7 +96,8 @@ def embed(
     kept, counts = np.unique(owner[rows], return_counts=True)
     reasons = dict(failed)
     broken = {keys[index]: reasons[name] for index, name in zip(todo, names, strict=True) if name in reasons}
-    why = {owner[index]: broken[key] for index, key in enumerate(keys) if key in broken and contents[index] != b""}
+    why = {owner[index]: broken[key] for index, key in enumerate(keys) if key in broken}
+    why = {item: reason for item, reason in why.items() if not _lacks(source.column(modality).cells[item])}
     absent = np.setdiff1d(np.arange(len(source)), kept)
     skipped = [Skipped(source.ids[item], why.get(item, f"has no {modality}")) for item in absent]
     if skipped and on_error == "raise":
@@ -109,6 +110,11 @@ def embed(
         kept=kept.astype(np.int64),
         skipped=skipped,
     )
+
+
+def _lacks(cell: Any) -> bool:
+    """Whether a table has nothing here, which is not the same as a file that holds nothing."""
+    return isinstance(cell, bytes) and not cell
 
 
 def tokens(
