@@ -1,22 +1,27 @@
 """Clicks outlive kills and full disks, become training data, and a model that learns from them forgets nothing."""
 
+import json
 import multiprocessing
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from twofold.data.samples import openmoji
-from twofold.learn import learn
-from twofold.models.bundle import Bundle, Tower
-from twofold.models.encoders import image_encoder, text_encoder
+from twofold.cli import main
+from twofold.errors import UsageError
+from twofold.learn import export, learn
+from twofold.methods.feedback import WithFeedback
+from twofold.methods.siglip import SigLIP
+from twofold.models.bundle import Bundle
 from twofold.retrieve.corrected import change, corrected
 from twofold.retrieve.feedback import Click, Feedback
 from twofold.retrieve.index import Index
 from twofold.train.feedback import Lesson
+from twofold.train.mine import read_negatives
 
 # -- clicks on the disk
 
@@ -64,19 +69,13 @@ def test_a_full_disk_keeps_no_part_of_a_click(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory):
-    """150 emoji that a random model has indexed, without their names, and what was said of hits of six names."""
+def judged(tmp_path_factory, untrained, emoji):
+    """Emoji that an untrained model has indexed, by their pictures alone, and what was said of hits of six names."""
     root = tmp_path_factory.mktemp("feedback")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TWOFOLD_CACHE", str(root / "cache"))
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            image = image_encoder("timm:resnet18/4", size=32, small_stem=True)
-            text = Tower(text_encoder("minilm"), nn.Sequential(nn.Linear(384, image.dim)))
-            bundle = Bundle({"image": image, "text": text}, {"data": "openmoji"})
-        source = openmoji().take(range(0, 4450, 30))
-        source = replace(source, texts=[texts[:1] for texts in source.texts])
-        Index.build(source, bundle, root / "index", texts="none")
+        source = replace(emoji, texts=[texts[:1] for texts in emoji.texts])
+        Index.build(source, untrained, root / "index", texts="none")
         with closing(Index.open(root / "index")) as index:
             for at in range(0, 60, 10):
                 words = source.texts[at][0]
@@ -107,3 +106,55 @@ def test_what_was_said_is_learned_and_the_index_shows_it(judged):
     assert come.questions == come.right == 6
     again = learn(root / "index", out=root / "again", pairs=source, lesson=Lesson(steps=5, batch=64), quiet=True)
     assert again.ordered[0] == pytest.approx(done.ordered[1])  # it goes on from what was learned
+
+
+def test_the_rest_is_guarded_and_who_loses_is_told(judged):
+    root, source = judged
+    rough = Lesson(steps=10, lr=0.3, batch=64, keep=0.0, loss_allowed=0.0)
+    done = learn(root / "index", out=root / "rough", pairs=source, lesson=rough, quiet=True)
+    assert done.worse == (done.recall[1] < done.recall[0])
+
+
+def test_judged_questions_are_hard_negatives_that_align_and_others_read(judged, capsys):
+    root, source = judged
+    out = root / "clicks.jsonl"
+    rows = export(root / "index", out)
+    first = json.loads(out.read_text().splitlines()[0])
+    assert rows == len(out.read_text().splitlines()) and list(first) == ["anchor", "positive", "negative"]
+    assert first["anchor"] == first["positive"] == source.texts[0][0]
+    negatives = read_negatives(out, source.ids, source.texts)
+    asked = [at for at in range(len(source)) if (negatives[at] >= 0).any()]
+    assert asked == list(range(0, 60, 10))
+    pictures = read_negatives(out, source.ids)
+    assert {source.ids[n] for n in pictures[0].tolist() if n >= 0} == set(
+        Feedback(root / "index").judged()[0].negatives
+    )
+    assert main(["mine", "--feedback", str(root / "index"), "--out", str(root / "c.csv"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == rows
+    assert main(["index", "--corrected", str(root / "index"), "--json"]) == 0
+    assert "change" in json.loads(capsys.readouterr().out)
+
+
+def test_nothing_judged_is_nothing_to_learn(judged, tmp_path):
+    root, source = judged
+    Index.build(source.take(range(9)), Bundle.load(root / "index" / "model"), tmp_path / "fresh")
+    with pytest.raises(UsageError, match="Nobody has judged"):
+        learn(tmp_path / "fresh", out=tmp_path / "run", pairs=source)
+
+
+def test_the_loss_is_nothing_where_all_is_kept_and_moves_only_words():
+    head = nn.Linear(4, 4, bias=False)
+    nn.init.eye_(head.weight)
+    method = WithFeedback(
+        SigLIP({"image": nn.Identity(), "text": head}, scale=100.0, bias=-50.0),
+        torch.eye(4)[:2],
+        torch.eye(4),
+        torch.tensor([[1, -1, 0, 0], [-1, 1, 0, 0]], dtype=torch.int8),
+    )
+    assert float(method.said(method.asked())) < 1e-6
+    assert float(method.moved(torch.randn(5, 4))) == pytest.approx(0, abs=1e-6)
+    batch = {"image": torch.eye(4)[2:], "text": torch.eye(4)[2:]}
+    out = method(batch, torch.Generator())
+    out.loss.backward()
+    assert [name for name, p in method.named_parameters() if p.requires_grad] == ["method.pair.towers.text.weight"]
+    assert np.isfinite(float(out.loss))

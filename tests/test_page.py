@@ -5,20 +5,12 @@ Needs Playwright and a Chromium on the PATH; without them these tests are skippe
 
 import base64
 import shutil
-import threading
 from contextlib import closing
 
 import pytest
-import torch
-import uvicorn
-from torch import nn
 
-from twofold.data.samples import openmoji
-from twofold.models.bundle import Bundle, Tower
-from twofold.models.encoders import image_encoder, text_encoder
 from twofold.retrieve.feedback import Feedback
 from twofold.retrieve.index import Index
-from twofold.serve.app import app
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -59,24 +51,14 @@ PAINTED = """() => {
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """150 emoji behind a server: random towers, so what is near what means nothing, but it is always the same."""
+def served(tmp_path_factory, untrained, emoji, serving):
+    """Emoji behind a server."""
     root = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TWOFOLD_CACHE", str(root / "cache"))
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            image = image_encoder("timm:resnet18/4", size=32, small_stem=True)
-            bundle = Bundle({"image": image, "text": Tower(text_encoder("minilm"), nn.Linear(384, image.dim))})
-        Index.build(openmoji().take(range(0, 4450, 30)), bundle, root / "index")
-        server = uvicorn.Server(uvicorn.Config(app(root / "index"), port=0, log_config=None))
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        while not server.started:
-            thread.join(0.05)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", root / "index"
-        server.should_exit = True
-        thread.join(10)
+        Index.build(emoji, untrained, root / "index")
+        with serving(root / "index") as address:
+            yield address, root / "index"
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +111,8 @@ def test_more_comes_on_scrolling(page):
     assert len(set(captions(page))) > 90
 
 
-def test_a_picture_finds_its_like(page, served):
-    item = openmoji().take(range(0, 4450, 30)).take([7])
+def test_a_picture_finds_its_like(page, served, emoji):
+    item = emoji.take([7])
     page.set_input_files("#file", {"name": "mine.png", "mimeType": "image/png", "buffer": item.images[0]})
     page.wait_for_selector("#status:has-text(' ms')")
     with closing(Index.open(served[1])) as index:
@@ -237,8 +219,8 @@ def test_help_lists_the_keys_and_escape_leads_back(page):
     assert page.input_value("#text") == "a face" and page.is_visible("#mix")
 
 
-def test_a_picture_is_dropped(page, served):
-    content = openmoji().take(range(0, 4450, 30)).take([7]).images[0]
+def test_a_picture_is_dropped(page, served, emoji):
+    content = emoji.take([7]).images[0]
     page.evaluate(DROP, base64.b64encode(content).decode())
     page.wait_for_selector(".chip:has-text('dropped.png')")
     page.wait_for_selector("#status:has-text(' ms')")

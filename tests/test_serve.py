@@ -12,16 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
-from torch import nn
 
 from twofold.data.sources import open_source
 from twofold.errors import DataError, StoreError, UsageError
 from twofold.measure.calibration import Calibration, direction
-from twofold.models.bundle import Bundle, Tower, annotate
-from twofold.models.encoders import image_encoder, text_encoder
+from twofold.models.bundle import Bundle, annotate
+from twofold.models.encoders import image_encoder
 from twofold.retrieve.feedback import Click, Feedback
 from twofold.retrieve.index import Index
 from twofold.serve import service as service_module
@@ -41,7 +39,7 @@ def paint(path: Path, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def home(tmp_path_factory, untrained) -> Path:
     """Twelve photographs in two folders, one of them by a link to a place outside, and their index."""
     root = tmp_path_factory.mktemp("home")
     os.environ["TWOFOLD_CACHE"] = str(root / "cache")
@@ -49,11 +47,7 @@ def home(tmp_path_factory) -> Path:
         paint(root / "photos" / ("red" if n % 2 else "blue") / f"{n:02}.jpg", n)
     paint(root / "elsewhere" / "secret.jpg", 99)
     (root / "photos" / "red" / "link.jpg").symlink_to(root / "elsewhere" / "secret.jpg")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        image = image_encoder("timm:resnet18/4", size=32, small_stem=True)
-        bundle = Bundle({"image": image, "text": Tower(text_encoder("minilm"), nn.Linear(384, image.dim))})
-    Index.build(open_source(root / "photos"), bundle, root / "index")
+    Index.build(open_source(root / "photos"), untrained, root / "index")
     yield root
     del os.environ["TWOFOLD_CACHE"]
 
@@ -70,16 +64,9 @@ def opened(home):
 
 
 @pytest.fixture(scope="module")
-def url(home):
-    """A real server on a free port."""
-    server = uvicorn.Server(uvicorn.Config(app(home / "index"), port=0, log_config=None))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        thread.join(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
+def url(home, serving):
+    with serving(home / "index") as address:
+        yield address
 
 
 def answered(response) -> list[tuple[str, float]]:
@@ -388,6 +375,12 @@ def test_a_new_build_is_served_without_a_restart(home, tmp_path, monkeypatch):
         calibration = Calibration("platt", gallery=4, scale=1.0)
         annotate(tmp_path / "index" / "model", "calibration", direction("text", "image"), calibration.record())
         assert search(client, text="x").json()["hits"][0]["probability"] is not None
+        with torch.random.fork_rng():
+            other = Bundle({"image": image_encoder("timm:resnet18/4", size=32, small_stem=True)})
+        other.save(tmp_path / "index" / "model")  # as a build leaves it for a moment
+        assert len(answered(search(client, text="x"))) == 4
+        Index.build(open_source(tmp_path / "photos"), other, tmp_path / "index", existing="replace")
+        assert client.get("/api/v1/facts").json()["asks"] == ["image"]
 
 
 def test_the_map_has_a_place_for_every_item(client):

@@ -39,7 +39,7 @@ class WithFeedback(Method):
         judged: Int8[Tensor, "q m"],
         *,
         wrong: float = 0.2,
-        keep: float = 100.0,
+        keep: float = 1000.0,
     ):
         super().__init__()
         self.method, self.needs, self.wrong, self.keep = method, method.needs, wrong, keep

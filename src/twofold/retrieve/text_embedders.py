@@ -133,6 +133,7 @@ class GeminiEmbedder:
         keys = [content_key(text) for text in asked]
         todo = kept.missing(keys)
         if todo:
+            self._connected()  # a key that is missing is told before what it costs
             tokens = sum(_tokens(asked[at]) for at in todo)
             self._say(
                 f"{len(todo):,} texts go to Google ({MODEL}), {len(set(keys)) - len(todo):,} are known: about "

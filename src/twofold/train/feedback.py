@@ -48,11 +48,11 @@ class Lesson:
     """How much a model learns from feedback."""
 
     steps: int = 30
-    lr: float = 1e-4
+    lr: float = 3e-4
     batch: int = 512  # pairs replayed in each step
     wrong: float = 0.2  # what an item found wrong counts, beside one found right
-    keep: float = 100.0  # how strongly replayed texts are held where they were
-    loss_allowed: float = 0.005  # of the recall in validation, 0..1, for the sake of what was said
+    keep: float = 1000.0  # how strongly replayed texts are held where they were
+    loss_allowed: float = 0.002  # of the recall in validation, 0..1, for the sake of what was said
     holdout: float = 0.1  # share of the pairs to validate on, where the data has no split "val"
     seed: int = 0
 

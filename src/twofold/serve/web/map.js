@@ -163,6 +163,7 @@ export class Map2D {
       if (!image) continue;
       const side = 32 / Math.max(image.width, image.height);
       const [width, height] = [image.width * side, image.height * side];
+      pen.clearRect(x - width / 2, y - height / 2, width, height); // no points to be seen through a pale one
       pen.globalAlpha = shade(id);
       pen.drawImage(image, x - width / 2, y - height / 2, width, height);
       if (this.lit.has(id)) {
