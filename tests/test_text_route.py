@@ -240,6 +240,22 @@ def test_filters_pages_and_minus_hold_in_both_spaces(out):
     opened.close()
 
 
+def test_hits_of_both_spaces_differ_as_much_as_is_asked(out):
+    with closing(Index.open(out)) as opened:
+        hits = opened.search("an animal with fins", k=8)
+        names, scores = [hit.id for hit in hits], np.array([hit.score for hit in hits])
+        alike = (vectors := opened.store.vectors(names)) @ vectors.T
+        worth = (scores - scores.min()) / (scores.max() - scores.min())
+        chosen = [0]
+        while len(chosen) < 8:
+            gain = 0.5 * worth - 0.5 * alike[:, chosen].max(1)
+            chosen.append(max(set(range(8)) - set(chosen), key=lambda at: gain[at]))
+        assert chosen != list(range(8))
+        spread = opened.search("an animal with fins", k=8, spread=0.5)
+        assert [hit.id for hit in spread] == [names[at] for at in chosen]
+        assert spread[1].score == scores[chosen[1]]  # what is shown stays as it is
+
+
 def test_what_is_not_words_alone_is_asked_in_the_items_own_space(out):
     opened = Index.open(out)
     for query in ({"like": "cat"}, {"text": "sea", "like": "cat"}, {"image": np.zeros((32, 32, 3), np.uint8)}):

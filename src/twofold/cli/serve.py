@@ -39,6 +39,7 @@ def serve(
         roots: folders whose pictures may be shown, if not those that the index was made from
         hosts: names that the service may be called by, besides this machine's own
     """
+    import contextlib
     import logging
     import socket
 
@@ -81,7 +82,8 @@ def serve(
         timeout_keep_alive=30,
         timeout_graceful_shutdown=10,  # seconds for what is being answered
     )
-    uvicorn.Server(config).run(sockets=[taken])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has answered what was asked, and raises it again
+        uvicorn.Server(config).run(sockets=[taken])
 
 
 @verb

@@ -95,8 +95,9 @@ class Retriever:
         weighted sum of unit vectors, made unit again. `minus` leads away from some words; it and `unlike` count half.
 
         `spread` (0..1) makes the hits differ: each is the one with the most of (1 − spread) · score − spread · its
-        cosine with the nearest hit before it (maximal marginal relevance, Carbonell and Goldstein 1998). `distinct`
-        leaves out a hit whose cosine with a better one is at least that: 1 what is the same, .95 what is much alike.
+        cosine with the nearest hit before it (maximal marginal relevance, Carbonell and Goldstein 1998); the scores of
+        two spaces go from 0 to 1 there. `distinct` leaves out a hit whose cosine with a better one is at least that: 1
+        what is the same, .95 what is much alike.
 
         Words alone, and words away from others, are answered by the items' own space and by that of their texts, where
         there is one: each hit's `spaces` says where it was found. `via` asks one of them only.
@@ -190,6 +191,8 @@ class Retriever:
         if not hits:
             return []
         vectors, scores = self.store.vectors([hit.id for hit in hits]), np.array([hit.score for hit in hits])
+        if hits[0].spaces:  # standard deviations outweigh cosines, and nothing would differ
+            scores = (scores - scores.min()) / max(np.ptp(scores), 1e-6)
         nearest = np.full(len(hits), -1.0)  # cosine with the nearest one that is chosen
         chosen: list[int] = []
         while len(chosen) < min(k, len(hits)):
