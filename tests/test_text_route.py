@@ -384,6 +384,8 @@ def test_the_command_line_takes_minilm_by_itself_and_says_where_hits_were_found(
     assert main(["search", index, "it purrs softly", "--json", "--k", "1"]) == 0
     (hit,) = json.loads(capsys.readouterr().out)
     assert [place["space"] for place in hit["spaces"]] == ["items", "texts"]
+    assert main(["search", index, "--explain"]) == 0
+    assert "13 texts [384] by minilm (standard, weight 0.70, as it comes)" in capsys.readouterr().err
     assert main(["search", index, "a", "--via", "nowhere"]) == 2
     capsys.readouterr()
     assert main([*made, "--texts", "minilmm"]) == 2

@@ -86,6 +86,8 @@ def search(
         return
     if out is not None:
         raise UsageError("--out is where the answers to --queries go; there are no --queries.")
+    if not one and not explain:
+        raise UsageError(f'There is nothing to search for: `twofold search {index} "a red boat"`, --image or --like.')
     with Index.open(index) as opened:
         hits = None
         if one or not explain:

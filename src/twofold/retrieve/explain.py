@@ -24,6 +24,7 @@ class Explained:
     dim: int
     fingerprint: str
     remedy: str | None  # what orders the hits of words anew
+    texts: str | None  # the second space that words are asked in, and how the two answers become one
     asked_with: str  # what the measured queries are
     queries: int
     k: int
@@ -38,6 +39,7 @@ class Explained:
             f"{self.items:,} items, vectors [{self.dim}] of encoder {self.fingerprint}",
             f"{self.store}" + (f": {given}" if given else ""),
             f"hits of words are ordered by {self.remedy}" if self.remedy else "scores are plain cosines",
+            *([f"words are asked in {self.texts}, too"] if self.texts else []),
             f"recall@{self.k} {self.recall:.3f} against every vector, {self.queries} queries: {self.asked_with}",
             f"{self.milliseconds:.2f} ms a query; comparing with every vector {self.exact_milliseconds:.2f} ms",
         ]
@@ -66,12 +68,23 @@ def explain(index: Index, *, queries: int = QUERIES, k: int = 10, seed: int = 0)
         dim=index.head.dim,
         fingerprint=index.head.fingerprint,
         remedy=index.retriever.remedy.kind if index.retriever.remedy else None,
+        texts=_texts(index),
         asked_with=asked_with,
         queries=len(vectors),
         k=k,
         recall=float(np.mean(shares)),
         milliseconds=took,
         exact_milliseconds=slow,
+    )
+
+
+def _texts(index: Index) -> str | None:
+    space, fusion = index.head.texts, index.retriever.fusion
+    if space is None:
+        return None
+    fitted = "fitted" if fusion.calibration else "as it comes"
+    return (
+        f"{space.rows:,} texts [{space.dim}] by {space.embedder} ({fusion.kind}, weight {fusion.weight:.2f}, {fitted})"
     )
 
 
