@@ -6,7 +6,6 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -88,7 +87,7 @@ def judged(tmp_path_factory, untrained, emoji):
 
 def test_what_was_said_is_learned_and_the_index_shows_it(judged):
     root, source = judged
-    lesson = Lesson(steps=20, lr=1e-3, batch=64, keep=1.0, loss_allowed=1.0)
+    lesson = Lesson(steps=10, lr=1e-3, batch=64, keep=1.0, loss_allowed=1.0)
     done = learn(root / "index", out=root / "run", pairs=source, lesson=lesson, quiet=True)
     said = [line["said"] for line in done.run.log]
     assert said[-1] < said[0] and not done.worse
@@ -106,13 +105,6 @@ def test_what_was_said_is_learned_and_the_index_shows_it(judged):
     assert come.questions == come.right == 6
     again = learn(root / "index", out=root / "again", pairs=source, lesson=Lesson(steps=5, batch=64), quiet=True)
     assert again.ordered[0] == pytest.approx(done.ordered[1])  # it goes on from what was learned
-
-
-def test_the_rest_is_guarded_and_who_loses_is_told(judged):
-    root, source = judged
-    rough = Lesson(steps=10, lr=0.3, batch=64, keep=0.0, loss_allowed=0.0)
-    done = learn(root / "index", out=root / "rough", pairs=source, lesson=rough, quiet=True)
-    assert done.worse == (done.recall[1] < done.recall[0])
 
 
 def test_judged_questions_are_hard_negatives_that_align_and_others_read(judged, capsys):
@@ -151,10 +143,11 @@ def test_the_loss_is_nothing_where_all_is_kept_and_moves_only_words():
         torch.eye(4),
         torch.tensor([[1, -1, 0, 0], [-1, 1, 0, 0]], dtype=torch.int8),
     )
-    assert float(method.said(method.asked())) < 1e-6
-    assert float(method.moved(torch.randn(5, 4))) == pytest.approx(0, abs=1e-6)
-    batch = {"image": torch.eye(4)[2:], "text": torch.eye(4)[2:]}
-    out = method(batch, torch.Generator())
-    out.loss.backward()
+    with torch.no_grad():
+        assert method.said(method.asked()).item() < 1e-6
+        assert method.moved(torch.randn(5, 4)).item() == pytest.approx(0, abs=1e-6)
     assert [name for name, p in method.named_parameters() if p.requires_grad] == ["method.pair.towers.text.weight"]
-    assert np.isfinite(float(out.loss))
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(4)[[1, 0, 2, 3]])  # both questions find the wrong one
+        assert method.said(method.asked()).item() == pytest.approx(50 + 0.2 * 50, rel=1e-4)  # softplus of ±50
+        assert method.moved(torch.eye(4)).item() == pytest.approx(0.5)  # two of four texts are at right angles

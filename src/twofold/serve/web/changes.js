@@ -17,15 +17,23 @@ export function drawChanges(section, answer, use) {
       : "Nothing that was judged has been answered by two models yet."),
     ...(figures.length ? [element("dl", {}, ...figures.map(([name, [before, after]]) =>
       element("div", {}, element("dt", {}, name), element("dd", {}, element("span", {}, before), " → ", element("b", {}, after)))))] : []),
-    ...questions.map((one) => question(one, use)),
+    ...questions.toSorted((a, b) => gain(b) - gain(a)).map((one) => question(one, use)),
   );
+}
+
+/** How many places the right one of a question has come forward; questions without one stand last. */
+function gain({ judged }) {
+  const places = judged.filter((item) => item.relevant).map(({ before, after }) => (before ?? 101) - (after ?? 101));
+  return places.length ? Math.max(...places) : -101;
 }
 
 const plural = (count, one, many) => `${count.toLocaleString()} ${count === 1 ? one : many}`;
 
 function question({ text, like, before, after, judged }, use) {
   const words = [text, ...like.map((id) => `like ${id}`)].filter(Boolean).join(" + ");
-  const moves = judged.filter((item) => item.before !== item.after).map((item) =>
+  const seen = (rank) => rank != null && rank <= 10;
+  const told = (item) => item.before !== item.after && (item.relevant || seen(item.before) !== seen(item.after));
+  const moves = judged.filter(told).map((item) =>
     element("li", { class: item.relevant ? "good" : "bad" }, `${item.relevant ? "✓" : "✗"} ${use.name(item)}: ${place(item.before)} → ${place(item.after)}`));
   return element("article", {},
     element("h3", {}, element("button", { class: "link", onclick: () => use.ask(text, like) }, words)),
