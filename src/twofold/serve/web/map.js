@@ -150,17 +150,18 @@ export class Map2D {
       pen.fillStyle = this.lit.has(id) ? accent : ink;
       pen.fillRect(x - 1.5, y - 1.5, 3, 3);
     }
-    // One picture a cell, what was found before the rest.
+    // One picture a cell, what was found before the rest, and above it.
     const taken = new Set();
-    let drawn = 0;
+    const drawn = [];
     for (const [index, x, y] of seen.sort((a, b) => this.lit.has(layout.ids[b[0]]) - this.lit.has(layout.ids[a[0]]))) {
       const id = layout.ids[index];
       const cell = `${Math.floor(x / 40)} ${Math.floor(y / 40)}`;
-      if (drawn === MOST || taken.has(cell) || shade(id) < 0.2) continue;
+      if (taken.size === MOST || taken.has(cell) || shade(id) < 0.2) continue;
       taken.add(cell);
-      drawn += 1;
       const image = this.picture(id);
-      if (!image) continue;
+      if (image) drawn.push([id, x, y, image]);
+    }
+    for (const [id, x, y, image] of drawn.reverse()) {
       const side = 32 / Math.max(image.width, image.height);
       const [width, height] = [image.width * side, image.height * side];
       pen.clearRect(x - width / 2, y - height / 2, width, height); // no points to be seen through a pale one
