@@ -248,10 +248,10 @@ def test_hits_of_both_spaces_differ_as_much_as_is_asked(out):
         worth = (scores - scores.min()) / (scores.max() - scores.min())
         chosen = [0]
         while len(chosen) < 8:
-            gain = 0.5 * worth - 0.5 * alike[:, chosen].max(1)
+            gain = 0.2 * worth - 0.8 * alike[:, chosen].max(1)
             chosen.append(max(set(range(8)) - set(chosen), key=lambda at: gain[at]))
         assert chosen != list(range(8))
-        spread = opened.search("an animal with fins", k=8, spread=0.5)
+        spread = opened.search("an animal with fins", k=8, spread=0.8)
         assert [hit.id for hit in spread] == [names[at] for at in chosen]
         assert spread[1].score == scores[chosen[1]]  # what is shown stays as it is
 
