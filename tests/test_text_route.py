@@ -240,18 +240,21 @@ def test_filters_pages_and_minus_hold_in_both_spaces(out):
     opened.close()
 
 
-def test_hits_of_both_spaces_differ_as_much_as_is_asked(out):
+def test_hits_of_both_spaces_differ_as_much_as_is_asked(out, monkeypatch):
+    draw = np.random.default_rng(0)
+    looks = {name: one / np.linalg.norm(one) for name in NAMES for one in [draw.normal(size=6)]}
     with closing(Index.open(out)) as opened:
+        monkeypatch.setattr(opened.store, "vectors", lambda ids: np.stack([looks[id] for id in ids]))
         hits = opened.search("an animal with fins", k=8)
         names, scores = [hit.id for hit in hits], np.array([hit.score for hit in hits])
-        alike = (vectors := opened.store.vectors(names)) @ vectors.T
+        alike = (vectors := np.stack([looks[name] for name in names])) @ vectors.T
         worth = (scores - scores.min()) / (scores.max() - scores.min())
         chosen = [0]
         while len(chosen) < 8:
-            gain = 0.2 * worth - 0.8 * alike[:, chosen].max(1)
+            gain = 0.5 * worth - 0.5 * alike[:, chosen].max(1)
             chosen.append(max(set(range(8)) - set(chosen), key=lambda at: gain[at]))
         assert chosen != list(range(8))
-        spread = opened.search("an animal with fins", k=8, spread=0.8)
+        spread = opened.search("an animal with fins", k=8, spread=0.5)
         assert [hit.id for hit in spread] == [names[at] for at in chosen]
         assert spread[1].score == scores[chosen[1]]  # what is shown stays as it is
 
@@ -308,7 +311,7 @@ def test_the_exact_index_finds_the_same(out):
 # -- what is fitted
 
 
-def test_a_fitted_fusion_has_probabilities_and_says_when_nothing_fits(tmp_path, bundle, bags):
+def test_a_fitted_fusion_has_probabilities_and_says_when_nothing_fits(tmp_path, bundle, bags, capsys):
     def directions(texts):  # one for each word
         words = [
             [np.random.default_rng(list(word.encode())).normal(size=64) for word in text.split()] for text in texts
@@ -340,6 +343,8 @@ def test_a_fitted_fusion_has_probabilities_and_says_when_nothing_fits(tmp_path, 
     assert hits[0].id == "betac" and hits[0].probability > 0.5 > hits[1].probability
     assert not opened.retriever.no_good_match(hits)
     assert opened.retriever.no_good_match(opened.search("zzz yyy xxx", k=3))
+    assert main(["search", str(tmp_path / "index"), "zzz yyy xxx"]) == 0
+    assert "no good match: 95%" in capsys.readouterr().err
     with pytest.raises(UsageError, match="Did you mean 'split'"):
         opened.search("betac", where={"spilt": "val"})
     opened.close()

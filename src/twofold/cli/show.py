@@ -78,14 +78,16 @@ def print_verdict(retriever: Any, hits: list, *, from_best: bool) -> None:
 
     A page that does not begin with the best hit says nothing about whether there is one.
     """
-    if hits and hits[0].probability is not None:
-        if retriever.remedy is not None:
-            gain = retriever.remedy.gain
-            said = f", {100 * gain.recall[1].value:+.1f} points of R@1 on {gain.split}" if gain else ""
-            print(f"  ordered by {retriever.remedy.kind}{said}; scores are not plain cosines", file=sys.stderr)
-        if from_best and retriever.no_good_match(hits):
-            kept = 1 - retriever.calibration.cost
-            print(f"  no good match: {kept:.0%} of queries with an answer have a better best hit", file=sys.stderr)
+    calibration = retriever.calibration_of(hits)
+    if calibration is None:
+        return
+    if calibration.remedy is not None:
+        gain = calibration.remedy.gain
+        said = f", {100 * gain.recall[1].value:+.1f} points of R@1 on {gain.split}" if gain else ""
+        print(f"  ordered by {calibration.remedy.kind}{said}; scores are not plain cosines", file=sys.stderr)
+    if from_best and retriever.no_good_match(hits):
+        kept = 1 - calibration.cost
+        print(f"  no good match: {kept:.0%} of queries with an answer have a better best hit", file=sys.stderr)
 
 
 def print_hints(hints: list[str]) -> None:

@@ -204,10 +204,14 @@ class Retriever:
 
     def no_good_match(self, hits: list[Hit]) -> bool:
         """Whether a search that has probabilities has found nothing that fits: its best hit scores too low."""
-        if not hits or hits[0].probability is None:
-            return False
-        calibration = self.fusion.calibration if hits[0].spaces else self.calibration
+        calibration = self.calibration_of(hits)
         return calibration is not None and calibration.rejects(hits[0].score)
+
+    def calibration_of(self, hits: list[Hit]) -> Calibration | None:
+        """What the probabilities of these hits come from, if they have any: the fusion's own, or the model's."""
+        if not hits or hits[0].probability is None:
+            return None
+        return self.fusion.calibration if hits[0].spaces else self.calibration
 
     def _by_words(self, vector: Float[np.ndarray, "d"], k: int, where: Where | None) -> list[Hit]:
         """The hits of words alone: of a pool by cosine the best by the remedy, with probabilities."""
