@@ -39,7 +39,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png(width: int, height: int, colour: int = 2, *, rows: int | None = None, depth: int = 8) -> bytes:
     """A PNG of zeros that says it has this size; `rows` of them are there, all if none is said."""
     channels = {0: 1, 2: 3, 6: 4}[colour]
-    squeeze = zlib.compressobj(9)
+    squeeze = zlib.compressobj(1)
     line = b"\0" * (1 + width * channels * depth // 8)
     data = b"".join(squeeze.compress(line) for _ in range(height if rows is None else rows)) + squeeze.flush()
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
@@ -74,24 +74,40 @@ def uploads() -> dict[str, bytes]:
         "an SVG that asks for a file": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
         "noise": np.random.default_rng(0).bytes(1 << 20),
         "a truncated JPEG": jpeg(512)[:20_000],
-        "a truncated PNG": png(2000, 2000, rows=10),
+        "a truncated PNG": noise_png(512)[:300_000],
+        "a PNG of which most is missing": png(2000, 2000, rows=10),
         "a PDF with a JPEG behind": b"%PDF-1.7 " + jpeg(),
         "a JPEG with a ZIP behind": jpeg() + b"PK\x03\x04" + bytes(1000),
         "a bomb: 60,000 × 60,000": png(60_000, 60_000, rows=10),
         "100 megapixels, all there": png(10_000, 10_001),
         "80 megapixels with transparency": png(8_900, 9_000, 6),
-        "49 megapixels with transparency": png(7_000, 7_000, 6),
         "49 megapixels of 16 bits": png(7_000, 7_000, 2, depth=16),
+        "15 megapixels with transparency": png(5_000, 3_000, 6),
+        "15 megapixels of 16 bits": png(5_000, 3_000, 2, depth=16),
+        "4 megapixels with transparency, side by side": png(2_000, 1_999, 6),
+        "a JPEG of 48 megapixels": large_jpeg(),
         "EXIF that points to itself": deep_exif(),
         "2 MB of EXIF": long_exif(),
-        "a GIF of 2,000 frames": frames(),
+        "a GIF of 200 frames": frames(),
         "21 MB": bytes(21 << 20),
     }
 
 
+def large_jpeg() -> bytes:
+    Image.new("RGB", (8_000, 6_000), "red").save(out := io.BytesIO(), "JPEG")
+    return out.getvalue()
+
+
+def noise_png(side: int) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    Image.fromarray(noise).save(out := io.BytesIO(), "PNG")
+    return out.getvalue()
+
+
 def frames() -> bytes:
-    pictures = [Image.new("P", (500, 500), n % 256) for n in range(2)]
-    pictures[0].save(out := io.BytesIO(), "GIF", save_all=True, append_images=pictures[1:] * 1999)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 100, 100), np.uint8)
+    first, *others = map(Image.fromarray, noise)
+    first.save(out := io.BytesIO(), "GIF", save_all=True, append_images=others)
     return out.getvalue()
 
 

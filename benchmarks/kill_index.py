@@ -92,13 +92,18 @@ def content(out: Path) -> tuple[dict, np.ndarray]:
     return items, Vectors(out / "vectors", head.fingerprint, head.dim).get([item.key for item in items.values()])
 
 
-def killed(home: Path, out: Path, share: float, phases: Phases) -> tuple[dict[str, Any], Phases]:
-    """A run killed after a share of an undisturbed one's time; and how long that is, where it was over before."""
+def killed(home: Path, out: Path, share: float, phases: Phases, *, writing: bool) -> tuple[dict[str, Any], Phases]:
+    """A run killed after a share of an undisturbed one's time, or of its time of `writing`, from its first file on.
+
+    And how long an undisturbed one is, where the run was over before.
+    """
     while True:
         shutil.rmtree(out, ignore_errors=True)
         began, process = time.monotonic(), start(home, out)
+        while writing and process.poll() is None and not there(out)["files of vectors"]:
+            time.sleep(0.01)
         try:
-            process.wait(share * phases.ends)
+            process.wait(share * (phases.ends - phases.writes * writing))
         except subprocess.TimeoutExpired:
             process.kill()
             after = time.monotonic() - began
@@ -129,9 +134,8 @@ def main() -> None:
         }
         for seed in range(len(record["trials"]), given.kills):
             out = home / f"trial{seed}"
-            part = (seed // 2 + random.Random(seed).random()) / -(-given.kills // 2)
-            first = phases.writes / phases.ends if seed % 2 else 0
-            trial, phases = killed(home, out, first + (1 - first) * part, phases)
+            share = (seed // 2 + random.Random(seed).random()) / -(-given.kills // 2)
+            trial, phases = killed(home, out, share, phases, writing=bool(seed % 2))
             assert start(home, out).wait() == 0, f"trial {seed} did not resume"
             again, found = content(out)
             trial |= {

@@ -215,17 +215,22 @@ def test_a_full_disk_is_said_clearly_and_the_build_goes_on_once_there_is_room(ho
     script = """
         import resource, sys
         from twofold.cli import main
-        source, model, out, limit = sys.argv[1:]
+        source, model, out, limit, *more = sys.argv[1:]
         import chromadb, twofold.retrieve.index, torch
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-        sys.exit(main(["index", source, "--model", model, "--out", out, "--json"]))
+        sys.exit(main(["index", source, "--model", model, "--out", out, "--json", *more]))
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), home / "photos", home / "model", home / "index"]
+    command = [sys.executable, "-c", textwrap.dedent(script), home / "photos", home / "model"]
     environment = os.environ | {"TWOFOLD_CACHE": str(home / "cache")}
-    done = subprocess.run([*command, "100000"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 1, done.stderr
-    assert "its disk is full, a quota on it is used up" in done.stderr and "Traceback" not in done.stderr
+    # a new index of the exact store has nothing larger than its copy of the model, which is written last
+    for out, limit, more in (("index", 100_000, ()), ("new", 20_000, ("--store", "exact"))):
+        tried = [*command, home / out, str(limit), *more]
+        done = subprocess.run(tried, capture_output=True, text=True, env=environment)
+        assert done.returncode == 1, done.stderr
+        assert "its disk is full, a quota on it is used up" in done.stderr and "Traceback" not in done.stderr
     assert check(home / "index").items == 8 and found(home) == {}
+    assert Index.build(open_source(home / "photos"), Bundle.load(home / "model"), home / "new").embedded == 0
+    assert check(home / "new").items == 40 and check(home / "new").whole
     Index.build(open_source(home / "photos"), Bundle.load(home / "model"), home / "index")
     assert check(home / "index").items == 40 and found(home) == {}
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # of this process

@@ -98,7 +98,7 @@ def print_hints(hints: list[str]) -> None:
 def print_checked(checked: Any) -> None:
     """An index's facts and findings, with a few of the ids that each concerns."""
     print(f"  {checked.path}: {checked.items:,} items, {checked.contents:,} vectors [{checked.dim}] of")
-    print(f"  {checked.fingerprint}: " + ("whole" if checked.whole else f"{len(checked.findings)} findings"))
+    print(f"  {checked.fingerprint}: " + ("whole" if checked.whole else "not whole"))
     for one in checked.findings:
         shown = ", ".join(one.ids[:5]) + (", …" if len(one.ids) > 5 else "")
         print(f"  {one.what}: {len(one.ids):,} {one.said}: {shown}")

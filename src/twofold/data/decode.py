@@ -56,9 +56,14 @@ def decode(image: Raw, *, channels: int | None = 3, name: str = "", enough: int 
         raise DecodeError(name, _reason(image, error)) from error
 
 
-def area(image: bytes) -> int:
-    """How many pixels a picture has, by what its first bytes say; 0 where they say nothing."""
+def area(image: bytes, *, enough: int | None = None) -> int:
+    """How many pixels a picture has, by what its first bytes say; 0 where they say nothing.
+
+    Where `enough` pixels a side will do, as many as have to be decoded for that: of a JPEG, a part.
+    """
     with contextlib.suppress(Exception), _open(image) as picture:
+        if enough:
+            picture.draft(None, (enough, enough))
         return picture.height * picture.width
     return 0
 

@@ -59,7 +59,8 @@ def explain(index: Index, *, queries: int = QUERIES, k: int = 10, seed: int = 0)
         found, took = _timed(index, vectors, k)
         right, slow = _timed(exact, vectors, k)
     shares = [
-        sum(hit.score >= best[-1].score - 1e-6 for hit in hits) / k for hits, best in zip(found, right, strict=True)
+        sum(hit.score >= best[-1].score - 2e-6 for hit in hits) / k  # both are rounded to 1e-6
+        for hits, best in zip(found, right, strict=True)
     ]
     return Explained(
         store=index.head.store.described,

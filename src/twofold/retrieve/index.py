@@ -31,6 +31,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from safetensors import SafetensorError
 
 from twofold.data.atomic import write_atomically
 from twofold.data.decode import OnError, Raw, Skipped, ahead, skip_report, thumbnail
@@ -535,7 +536,7 @@ def claimed(path: Path, *, shared: bool = False) -> Iterator[None]:
     claim = Claim(path / "twofold.lock", shared=shared)
     try:
         yield
-    except (OSError, StoreError, sqlite3.Error) as error:
+    except (OSError, StoreError, sqlite3.Error, SafetensorError) as error:
         if not _is_full(path, error):
             raise
         raise StoreError(
@@ -547,7 +548,7 @@ def claimed(path: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def _is_full(path: Path, error: Exception) -> bool:
-    """Whether this failed for want of room; Chroma says so in its own words, if at all."""
+    """Whether this failed for want of room; Chroma and safetensors say so in their own words, if at all."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     said = str(error).lower()

@@ -23,7 +23,7 @@ from twofold.retrieve.store import Hit, Where
 
 LARGE = 1600  # pixels of the longer side of a picture that is looked at alone
 CHOICES = 60  # a column of more values than these gives no filter
-PIXELS = 50_000_000  # of a picture to look for the like of; in memory, each takes up to 16 bytes for some time
+PIXELS = 16_000_000  # of a picture to look for the like of, as far as they are decoded; 50 bytes of memory each
 ALONE = 4_000_000  # pixels; pictures of more are looked for one after the other, so that one is in memory
 LOOK = 2.0  # seconds between two looks whether the index was built anew
 
@@ -109,9 +109,9 @@ class Service:
 
     def _room_for(self, image: Raw | None) -> contextlib.AbstractContextManager:
         """What to hold while a picture is looked for; DecodeError for one that is too large."""
-        pixels = area(image) if isinstance(image, bytes) else 0
+        pixels = area(image, enough=LARGE) if isinstance(image, bytes) else 0
         if pixels > PIXELS:
-            raise DecodeError("The picture", f"has {pixels:,} pixels; at most {PIXELS:,} are taken here")
+            raise DecodeError("The picture", f"has {pixels:,} pixels; at most {PIXELS:,} are taken, of a JPEG more")
         return self._large if pixels > ALONE else contextlib.nullcontext()
 
     def _part(self, ids: Collection[str]) -> Retriever:
