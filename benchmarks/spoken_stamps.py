@@ -46,13 +46,13 @@ WIDTH = 2048  # of the vectors of letters
 SPEECH = Recipe(objective="clip", train="speech", batch=256, lr=1e-3, epochs=6, patience=8)
 
 
-def stamps(folder: Path, limit: int | None) -> Source:
+def stamps(folder: Path, languages_of: Sequence[str], limit: int | None) -> Source:
     """Every recording, with its picture and what is said."""
     rows: list[tuple[str, str, Path, Path, str]] = []
     for text in sorted(folder.rglob("*.txt")):
         picture = text.with_suffix(".png")
         said = dict(re.findall(r"^([a-z]{2})\.utf8=(.+)$", text.read_text("utf-8", errors="replace"), re.MULTILINE))
-        for language in LANGUAGES:
+        for language in languages_of:
             sound = text.with_name(f"{text.stem}_desc_{language}.ogg")
             if language in said and sound.is_file() and picture.is_file():
                 stamp = text.relative_to(folder).with_suffix("").as_posix()
@@ -153,31 +153,38 @@ def main() -> None:
     parser.add_argument("--stamps", type=Path, default=STAMPS)
     parser.add_argument("--limit", type=int, help="only so many recordings, to try it out")
     parser.add_argument("--epochs", type=int, default=SPEECH.epochs)
+    parser.add_argument("--batch", type=int, default=SPEECH.batch)
+    parser.add_argument("--languages", nargs="+", default=LANGUAGES, choices=LANGUAGES)
     parser.add_argument("--only", nargs="+", default=["letters", "image"])
     parser.add_argument("--runs", type=Path, default=Path(gettempdir()) / "twofold-spoken-stamps")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    source = stamps(given.stamps, given.limit)
+    source = stamps(given.stamps, given.languages, given.limit)
     train, test = source.split("train"), source.split("test")
     record: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {"results": {}}
     record |= {
         "question": "recall between recordings of held-out stamps and their transcripts or pictures; 95 % intervals",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {name: version(name) for name in ("torch", "timm", "av", "twofold")},
-        "recordings": {name: list(source.splits or ()).count(name) for name in ("train", "val", "test")},
-        "recipe": {"speech": "mel:tiny", "batch": SPEECH.batch, "epochs": given.epochs, "objective": SPEECH.objective},
         "left_out": LEFT_OUT,
     }
+    recipe = replace(SPEECH, epochs=given.epochs, batch=given.batch)
     rows = record["results"]
-    rows["length alone"] = by_length(train, test)
-    print("length alone", mean(rows["length alone"], "speech_to_letters"), flush=True)
-    recipe = replace(SPEECH, epochs=given.epochs)
+    if "letters" in given.only:
+        rows["length alone"] = by_length(train, test)
+        print("length alone", mean(rows["length alone"], "speech_to_letters"), flush=True)
     kept = [item for item, spoken in enumerate(source.meta["language"]) if spoken != LEFT_OUT]
     parts = {"letters": (source, "vectors"), "image": (source.take(kept), "efficientnet-lite0")}
     for other, (learned, spec) in parts.items():
         if other not in given.only or other in rows:
             continue
         done = align(learned, out=given.runs / other, towers={"speech": "mel:tiny", other: spec}, recipe=recipe)
+        record.setdefault("learned", {})[other] = {
+            "recordings": {name: list(learned.splits or ()).count(name) for name in ("train", "val", "test")},
+            "languages": sorted(set(learned.meta["language"])),
+            "speech": "mel:tiny",
+            "recipe": {name: getattr(recipe, name) for name in ("objective", "batch", "epochs")},
+        }
         rows[f"{other}, untrained"] = within(done.untrained, test, other)
         rows[other] = within(done.bundle, test, other)
         if other == "image":

@@ -116,6 +116,12 @@ def test_pairs_and_hard_negatives_are_of_what_is_whole(folder, tmp_path, capsys)
     assert len(judged) == 1 + 2 * whole + 1 and sum(LONG.strip() in row for row in judged) == 1
 
 
+def test_a_file_of_another_kind_is_refused_before_anything_is_mined(folder, tmp_path, capsys):
+    words = ["mine", folder / "messy.csv", "--model", tmp_path / "no model", "--out", tmp_path / "hard.txt"]
+    assert main([*map(str, words)]) == 2
+    assert "written as .jsonl, .csv, .parquet" in capsys.readouterr().err
+
+
 def test_an_index_has_all_pictures_that_can_be_seen_with_or_without_words(folder, tmp_path, capsys):
     where = ["--model", folder / "model", "--out", tmp_path / "index", "--texts", "none"]
     made = told(capsys, "index", folder / "messy.csv", *where)

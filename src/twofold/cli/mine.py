@@ -32,7 +32,7 @@ def mine(arguments: list[str]) -> None:
     from twofold.data.sources import open_source
     from twofold.mining import NAIVE, Guards
     from twofold.models.bundle import Bundle
-    from twofold.train.mine import MinedPairs, ids_path, write
+    from twofold.train.mine import MinedPairs, check_name, ids_path, write
     from twofold.train.mine import mine as mined
 
     def verb(
@@ -71,6 +71,7 @@ def mine(arguments: list[str]) -> None:
             on_error: what to do with an item that cannot be read
             json: print the result as JSON
         """
+        check_name(out)  # before an hour of mining
         source = open_source(data, images=images, columns=assigned("columns", columns))
         done = mined(
             source,

@@ -260,10 +260,15 @@ def write(done: MinedPairs, path: Path, *, triplets: bool = False) -> int:
     return len(rows)
 
 
-def write_rows(path: Path, names: list[str], words: list[list[str]], ids: list[list[str]]) -> None:
-    """Write a table with these columns, and the ids of its cells beside it."""
+def check_name(path: Path) -> None:
+    """A UsageError where negatives could not be written to a file of this name."""
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{path}: mined negatives are written as {', '.join(SUFFIXES)}, by the file's name.")
+
+
+def write_rows(path: Path, names: list[str], words: list[list[str]], ids: list[list[str]]) -> None:
+    """Write a table with these columns, and the ids of its cells beside it."""
+    check_name(path)
     _write_table(path, names, words)
     _write_table(ids_path(path), [f"{name}_id" for name in names], ids)
 
