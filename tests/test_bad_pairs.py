@@ -123,8 +123,10 @@ def test_a_file_of_another_kind_is_refused_before_anything_is_mined(folder, tmp_
 
 
 def test_an_index_has_all_pictures_that_can_be_seen_with_or_without_words(folder, tmp_path, capsys):
-    where = ["--model", folder / "model", "--out", tmp_path / "index", "--texts", "none"]
-    made = told(capsys, "index", folder / "messy.csv", *where)
+    table = tmp_path / "messy.csv"
+    table.write_text((folder / "messy.csv").read_text())
+    where = ["--images", folder, "--model", folder / "model", "--out", tmp_path / "index", "--texts", "none"]
+    made = told(capsys, "index", table, *where)
     assert {reason.split()[0] for reason in reasons(made["skipped"]).values()} == {"no", "not", "has"}
     assert made["items"] == WHOLE + 9, "mute, blank and long ones are found by their looks"
     assert len(told(capsys, "search", tmp_path / "index", LONG)) == 10

@@ -2,21 +2,36 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from twofold.cli import VERBS, main
+from twofold.cli.flags import again
 from twofold.data.sources import open_source
 from twofold.errors import DataError
 from twofold.methods import METHODS
 from twofold.models.encoders import image_encoder
 from twofold.models.heads import Head
+from twofold.progress import Line
 from twofold.train.train import Setting, _method, policies_of, train
 from twofold.views import PRESETS
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
+
+
+def test_the_next_command_says_what_this_one_was_told_of_the_data():
+    assert again("a.csv") == "a.csv"
+    assert again("my a.csv", Path("b c"), ("t=text",)) == "'my a.csv' --images 'b c' --columns t=text"
+
+
+def test_what_takes_longer_than_a_second_each_has_a_rate_of_its_own(monkeypatch, capsys):
+    now = iter((0.0, 4.0))
+    monkeypatch.setattr("twofold.progress.time.monotonic", lambda: next(now))
+    Line("judge", unit="folds").update(1, 4)
+    assert "judge 1/4 · 0.25 folds/s · 12 s left" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
