@@ -311,13 +311,13 @@ def test_the_exact_index_finds_the_same(out):
 # -- what is fitted
 
 
-def test_a_fitted_fusion_has_probabilities_and_says_when_nothing_fits(tmp_path, bundle, bags, capsys):
-    def directions(texts):  # one for each word
-        words = [
-            [np.random.default_rng(list(word.encode())).normal(size=64) for word in text.split()] for text in texts
-        ]
-        return np.array([np.sum(one, axis=0) for one in words], np.float32)
+def directions(texts):
+    """One for each word, at random."""
+    words = [[np.random.default_rng(list(word.encode())).normal(size=64) for word in text.split()] for text in texts]
+    return np.array([np.sum(one, axis=0) for one in words], np.float32)
 
+
+def test_a_fitted_fusion_has_probabilities_and_says_when_nothing_fits(tmp_path, bundle, bags, capsys):
     bags.embed_queries = directions
     draw = np.random.default_rng(0)
     names = [f"{a}{b}" for a in ("alpha", "beta", "gamma", "delta", "kappa", "sigma") for b in "abcdef"]
@@ -366,6 +366,25 @@ def test_who_keeps_an_index_is_told_what_its_probabilities_lack(out, capsys):
         keep_fusion(out, Fusion("scores", 0.5, calibration))
     with closing(Index.open(out)) as opened:
         assert opened.hints() == []
+
+
+def test_an_item_that_has_the_very_text_of_a_question_is_no_wrong_answer(tmp_path, bundle, bags):
+    bags.embed_queries = directions
+    draw = np.random.default_rng(0)
+    names = [f"{a}{b}" for a in ("alpha", "beta", "gamma", "delta") for b in "abcdef"]
+    twins = [(name, n) for name in names for n in (1, 2)]
+    pairs = Source(
+        "twins",
+        [f"{name}-{n}" for name, n in twins],
+        images=[draw.integers(0, 256, (32, 32, 3), np.uint8) for _ in twins],
+        texts=[[f"{name} seen{name}{n}", name] for name, n in twins],
+        splits=["val"] * len(twins),
+    )
+    Index.build(pairs, bundle, tmp_path / "index", texts=bags)
+    with closing(Index.open(tmp_path / "index")) as opened:
+        done = fit_fusion(opened, pairs)
+    assert done.questions == len(twins) and done.first["texts"].value > 0.9
+    assert done.fusion.calibration.scale > 0
 
 
 # -- the shipped embedder, the command line and the service

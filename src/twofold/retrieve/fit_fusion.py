@@ -31,8 +31,8 @@ def fit_fusion(index: Index, data: Source, *, split: str = "val", cost: float = 
     """Fit weight and calibration on texts of `split` whose items the index holds; the index keeps nothing of it yet.
 
     Each item asks with one of its texts, which is taken for unwritten: where the index has that very text of it, it is
-    passed over, so the item must be found by its look or by its other texts. The model must not have been trained on
-    the split. At most `most` items ask.
+    passed over, so the item must be found by its look or by its other texts. Other items that have the very same text
+    are as right, and left out. The model must not have been trained on the split. At most `most` items ask.
     """
     texts = index.retriever.texts
     if texts is None:
@@ -47,10 +47,14 @@ def fit_fusion(index: Index, data: Source, *, split: str = "val", cost: float = 
             f"{len(rows)} items of {data.name}, split {split}, are in {index.path} and have a text; a fit takes 20 and "
             "more. Index the source that the questions come from."
         )
-    answers = []
+    answers: list[Answer] = []
     for i in rows:
         own = [text.strip() for text in cells[i] if text.strip()]
-        answers.append((asking.ids[i], *_asked(index, own[-1], asking.ids[i])))
+        answer = _asked(index, own[-1], asking.ids[i])
+        if answer is not None:
+            answers.append((asking.ids[i], *answer))
+    if len(answers) < 20:
+        raise DataError(f"All but {len(answers)} questions of {data.name} are texts that very many items have.")
     found = {one: np.mean([1 / place for place in _places(Fusion("scores", one), answers)]) for one in WEIGHTS}
     # Of weights that order alike, the one nearest the default: at an edge, one space's noise drowns the probabilities.
     weight = max(WEIGHTS, key=lambda one: (round(float(found[one]), 4), -abs(one - FUSION.weight)))
@@ -63,11 +67,17 @@ def fit_fusion(index: Index, data: Source, *, split: str = "val", cost: float = 
         len(held),
         list(range(len(answers))),
     )
-    about = f"{data.name}, split {split}: {len(rows):,} questions among {len(held):,} items"
-    calibrated = Fusion("scores", weight, fit_calibration(shown, cost=cost, about=about))
+    about = f"{data.name}, split {split}: {len(answers):,} questions among {len(held):,} items"
+    calibration = fit_calibration(shown, cost=cost, about=about)
+    if calibration.scale <= 0:
+        raise DataError(
+            f"In {data.name}, split {split}, a higher score makes an item no likelier to be the one that is meant: nothing "
+            "can be fitted. Do many items have texts that others could have as well?"
+        )
+    calibrated = Fusion("scores", weight, calibration)
     ways = {"items": Fusion("scores", 0.0), "texts": Fusion("scores", 1.0), "default": FUSION, "fitted": fusion}
     first = {name: bootstrap([float(p == 1) for p in _places(one, answers)]) for name, one in ways.items()}
-    return Fitted(calibrated, cross_validated(shown), len(rows), first)
+    return Fitted(calibrated, cross_validated(shown), len(answers), first)
 
 
 def keep(index: Index | Path | str, fitted: Fitted) -> Path:
@@ -78,13 +88,18 @@ def keep(index: Index | Path | str, fitted: Fitted) -> Path:
 Answer = tuple[str, list[tuple[str, float]], list[tuple[str, float]]]
 
 
-def _asked(index: Index, text: str, own: str) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-    """What both spaces answer, without the item's having been found by this very text."""
+def _asked(index: Index, text: str, own: str) -> tuple[list[tuple[str, float]], list[tuple[str, float]]] | None:
+    """What both spaces answer, without the item's having been found by this very text, and without others that have it;
+    None where these are most of the answer."""
     looks = [(hit.id, hit.score) for hit in index.search(text, k=POOL, via="items")]
     texts = index.retriever.texts
     assert texts is not None
     words = texts.search(text, POOL, but=(own, text))
-    return looks, [(hit.id, hit.score) for hit in words]
+    same = {hit.id for hit in words if (hit.text or "").strip().casefold() == text.casefold()} - {own}
+    if 2 * len(same) > len(words):
+        return None
+    found = [(hit.id, hit.score) for hit in words]
+    return [one for one in looks if one[0] not in same], [one for one in found if one[0] not in same]
 
 
 def _places(fusion: Fusion, answers: Sequence[Answer]) -> list[int]:
