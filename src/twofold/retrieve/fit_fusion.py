@@ -71,8 +71,8 @@ def fit_fusion(index: Index, data: Source, *, split: str = "val", cost: float = 
     calibration = fit_calibration(shown, cost=cost, about=about)
     if calibration.scale <= 0:
         raise DataError(
-            f"In {data.name}, split {split}, a higher score makes an item no likelier to be the one that is meant: nothing "
-            "can be fitted. Do many items have texts that others could have as well?"
+            f"In {data.name}, split {split}, a higher score makes an item no likelier to be the one that is meant: "
+            "nothing can be fitted. Do many items have texts that others could have as well?"
         )
     calibrated = Fusion("scores", weight, calibration)
     ways = {"items": Fusion("scores", 0.0), "texts": Fusion("scores", 1.0), "default": FUSION, "fitted": fusion}
