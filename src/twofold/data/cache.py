@@ -103,7 +103,14 @@ class DecodedSounds(NamedTuple):
     skipped: list[Skipped]
 
 
-def decoded_sounds(source: Source, modality: Modality, rate: int, seconds: float) -> DecodedSounds:
+def decoded_sounds(
+    source: Source,
+    modality: Modality,
+    rate: int,
+    seconds: float,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> DecodedSounds:
     """The first `seconds` of the source's sounds, `rate` samples a second, decoded now or found in the cache."""
     sounds = source.column(modality).cells
     key = content_key("\n".join([json.dumps([VERSION, "sounds", rate, seconds]), *source.keys(modality)]))
@@ -113,7 +120,7 @@ def decoded_sounds(source: Source, modality: Modality, rate: int, seconds: float
         return hear(sound, rate=rate, seconds=seconds, name=name)[:, None, None, None]  # samples, as frames of a clip
 
     heard = ahead(sounds, work, on_error="skip", names=source.ids, skipped=skipped)
-    found = _kept(runtime.cache_dir() / "sounds" / key, source, "sounds", heard, skipped, None)
+    found = _kept(runtime.cache_dir() / "sounds" / key, source, "sounds", heard, skipped, progress)
     waves = np.asarray(found.frames).reshape(-1)
     return DecodedSounds([waves[a:b] for a, b in pairwise(found.offsets.tolist())], found.kept, found.skipped)
 

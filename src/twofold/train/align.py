@@ -38,7 +38,7 @@ from twofold.models.encoders import encoder
 from twofold.models.heads import Standardize, mlp
 from twofold.models.images import ImageEncoder
 from twofold.models.sounds import MelEncoder, TransformersAudio
-from twofold.progress import TERMINAL
+from twofold.progress import TERMINAL, Line
 from twofold.train.hardness import hardness_of
 from twofold.train.loop import Run, Watch, fit
 from twofold.train.lora import low_rank
@@ -338,23 +338,24 @@ def _column(side: _Side, source: Source, name: Modality, recipe: Recipe, weighed
         assert isinstance(side.encoder, ImageEncoder)
         return pixels_of(side.encoder, source, name)
     if kind == "text":
-        rows = _read_once(side.encoder, source, name) if side.learns else side.features.matrix
+        rows = _read_once(side.encoder, source, name, quiet=quiet) if side.learns else side.features.matrix
         return Choice(rows, side.features.offsets, weighed.of_texts(source, name) if weighed.texts else None)
     if kind == "image" and recipe.views:
         assert isinstance(side.encoder, ImageEncoder)
         seen = [side.features.matrix, *viewed(side.encoder, source, name, recipe.policy, recipe.views, quiet=quiet)]
         return Choice(np.stack(seen, 1).reshape(-1, side.encoder.dim), np.arange(len(source) + 1) * len(seen))
-    return _read_once(side.encoder, source, name) if side.learns else side.features.matrix
+    return _read_once(side.encoder, source, name, quiet=quiet) if side.learns else side.features.matrix
 
 
-def _read_once(one: Encoder, source: Source, name: Modality) -> list:
+def _read_once(one: Encoder, source: Source, name: Modality, *, quiet: bool) -> list:
     """The single things that an encoder which learns reads again and again: of sounds the waveforms, not the files."""
     kind, cells = source.column(name)
     if kind == "text":
         return [text for texts in cells for text in texts]
     if not isinstance(one, MelEncoder | TransformersAudio):
         return list(cells)
-    heard = decoded_sounds(source, name, one.rate, one.seconds)
+    with Line("hear", unit="sounds", quiet=quiet) as line:
+        heard = decoded_sounds(source, name, one.rate, one.seconds, progress=line.update)
     assert len(heard.kept) == len(source)  # the encoder could read them all
     return heard.waves
 
@@ -577,7 +578,8 @@ class _Validation:
 
     @cached_property
     def _read(self) -> dict[Modality, list]:
-        return {name: _read_once(side.encoder, self.source, name) for name, side in self.sides.items() if side.learns}
+        learn = {name: side.encoder for name, side in self.sides.items() if side.learns}
+        return {name: _read_once(one, self.source, name, quiet=True) for name, one in learn.items()}
 
     def hardness(self, method: Method) -> Mapping[str, float]:
         """A probe for `fit`: how hard the negatives of the first pairs are, of a text that is their item's first."""
