@@ -1,12 +1,14 @@
 """The command line, run as a user runs it, on pictures and captions that the test draws."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from twofold.cli import VERBS, main
 from twofold.cli.flags import again
@@ -16,6 +18,8 @@ from twofold.methods import METHODS
 from twofold.models.encoders import image_encoder
 from twofold.models.heads import Head
 from twofold.progress import Line
+from twofold.retrieve.store import Hit
+from twofold.terminal import hits_table
 from twofold.train.train import Setting, _method, policies_of, train
 from twofold.views import PRESETS
 
@@ -235,6 +239,15 @@ def test_an_index_is_not_searched_with_another_model(captioned, tmp_path, capsys
     assert main(["index", str(source), "--model", str(tmp_path / "b"), "--out", str(index)]) == 1
     assert "--existing replace" in capsys.readouterr().err
     told(capsys, "index", source, "--model", tmp_path / "b", "--out", index, "--existing", "replace")
+
+
+def test_a_hit_with_a_long_text_takes_one_line_and_keeps_its_brackets():
+    long = Hit("a.jpg", 0.5, {"text": "a [bold]dog[/]\n\nruns " + "and runs " * 100})
+    with (console := Console(width=80, file=io.StringIO())).capture() as shown:
+        console.print(hits_table([long, Hit("b" * 60, 0.4, {"text": "short"}, probability=0.5)]))
+    first, *others = shown.get().splitlines()[1:]
+    assert "0.500" in first and "a [bold]dog[/]" in first and "…" in first
+    assert "and runs" not in "".join(others) and "b" * 20 in others[0]
 
 
 def test_methods_are_listed(capsys):

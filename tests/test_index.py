@@ -74,13 +74,12 @@ def found_by(out: Path, picture: Path, **options) -> str:
 
 def assert_holds(out: Path, photos: Path, names: list[str]) -> None:
     """These items and no others, each found by its own picture."""
-    opened = Index.open(out)
-    assert opened.store.ids() == sorted(names)
-    assert opened.audit() == []
-    for name in names:
-        hit = opened.search(image=photos / name, k=1)[0]
-        assert (hit.id, hit.score) == (name, pytest.approx(1, abs=1e-5))
-    opened.close()
+    with Index.open(out) as opened:
+        assert opened.store.ids() == sorted(names)
+        assert opened.audit() == []
+        for name in names:
+            hit = opened.search(image=photos / name, k=1)[0]
+            assert (hit.id, hit.score) == (name, pytest.approx(1, abs=1e-5))
 
 
 def names_in(photos: Path) -> list[str]:
@@ -352,6 +351,9 @@ def test_one_build_at_a_time(photos, bundle, out):
         Index.build(open_source(photos), bundle, out)
     claim.release()
     Index.build(open_source(photos), bundle, out)
+    with Index.open(out), pytest.raises(StoreError, match="being read"):
+        Claim(out / "chroma" / "0001" / "twofold.lock")
+    Claim(out / "chroma" / "0001" / "twofold.lock").release()
 
 
 SLOW = """
