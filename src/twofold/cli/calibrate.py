@@ -111,12 +111,12 @@ def calibrate(
 
 
 def _calibrate_index(path: Path, data: "Source", split: str, cost: float, json: bool) -> None:
-
+    from twofold.progress import Line
     from twofold.retrieve.fit_fusion import fit_fusion, keep
     from twofold.retrieve.index import Index
 
-    with Index.open(path) as opened:
-        done = fit_fusion(opened, data, split=split, cost=cost)
+    with Index.open(path) as opened, Line("ask", unit="questions", quiet=json) as line:
+        done = fit_fusion(opened, data, split=split, cost=cost, progress=line.update)
     kept = keep(path, done)
     if json:
         print_json({"index": str(path), "fusion": done.fusion.record(), "first": done.first, "honesty": done.honesty})

@@ -11,7 +11,7 @@ from twofold.errors import DataError
 from twofold.measure.calibration import SHOWN, Honesty, Shown, cross_validated, fit_calibration
 from twofold.measure.metrics import Interval, bootstrap
 from twofold.retrieve.fusion import FUSION, Fusion
-from twofold.retrieve.index import Index, keep_fusion
+from twofold.retrieve.index import Index, Progress, keep_fusion
 from twofold.retrieve.retriever import POOL
 
 WEIGHTS = [n / 20 for n in range(21)]
@@ -27,12 +27,21 @@ class Fitted:
     first: Mapping[str, Interval]  # "items", "texts", "default", "fitted"
 
 
-def fit_fusion(index: Index, data: Source, *, split: str = "val", cost: float = 0.05, most: int = 1000) -> Fitted:
+def fit_fusion(
+    index: Index,
+    data: Source,
+    *,
+    split: str = "val",
+    cost: float = 0.05,
+    most: int = 1000,
+    progress: Progress | None = None,
+) -> Fitted:
     """Fit weight and calibration on texts of `split` whose items the index holds; the index keeps nothing of it yet.
 
     Each item asks with one of its texts, which is taken for unwritten: where the index has that very text of it, it is
     passed over, so the item must be found by its look or by its other texts. Other items that have the very same text
-    are as right, and left out. The model must not have been trained on the split. At most `most` items ask.
+    are as right, and left out. The model must not have been trained on the split. At most `most` items ask;
+    `progress(done, total)` counts them.
     """
     texts = index.retriever.texts
     if texts is None:
@@ -48,11 +57,13 @@ def fit_fusion(index: Index, data: Source, *, split: str = "val", cost: float = 
             "more. Index the source that the questions come from."
         )
     answers: list[Answer] = []
-    for i in rows:
+    for done, i in enumerate(rows, 1):
         own = [text.strip() for text in cells[i] if text.strip()]
         answer = _asked(index, own[-1], asking.ids[i])
         if answer is not None:
             answers.append((asking.ids[i], *answer))
+        if progress:
+            progress(done, len(rows))
     if len(answers) < 20:
         raise DataError(f"All but {len(answers)} questions of {data.name} are texts that very many items have.")
     found = {one: np.mean([1 / place for place in _places(Fusion("scores", one), answers)]) for one in WEIGHTS}
