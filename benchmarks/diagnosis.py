@@ -3,10 +3,11 @@
     python benchmarks/diagnosis.py cifar10/ --runs /tmp/diagnosis    # a quarter of an hour of one CPU thread, resumable
     python benchmarks/diagnosis.py rsscn7/ --runs /tmp/diagnosis     # the same on aerial scenes
 
-Every method that learns from pictures trains as in cifar10_methods.py and latents_cifar10.py, healthy, for sixty
-steps; then each failure does. Then the doctor reads the log, and looks at 256 pictures that were trained on. The table
-holds its verdicts, and the evidence of the worst. A failure is recognised where one of its expected verdicts is among
-them; a false alarm is any verdict but a good one on a healthy training. Thresholds were set on CIFAR-10.
+Every method that learns something from pictures in so short a time trains as in cifar10_methods.py and
+latents_cifar10.py, healthy, for sixty steps; then each failure does. Then the doctor reads the log, and looks at 256
+pictures that were trained on. The table holds its verdicts, and the evidence of the worst. A failure is recognised
+where one of its expected verdicts is among them; a false alarm is any verdict but a good one on a healthy training.
+Thresholds were set on CIFAR-10, but for one: benchmarks/results/diagnosis_rsscn7.json showed it to be wrong.
 """
 
 import argparse
@@ -146,6 +147,7 @@ FAILURES: dict[str, Plan] = {
         COLLAPSED,
         {**OPTIONS["vicreg"], "variance": 0.0, "covariance": 0.0},
     ),
+    "ijepa in 240 steps": of_patches("ijepa", COLLAPSED),  # its probes are no better than untrained: LOG.md
     "ijepa, no slow target, learning rate 0.01": of_patches("ijepa", COLLAPSED, momentum=0.0, lr=1e-2),
     "simclr, temperature 50": Plan(
         changed("simclr", temperature=50.0), ("temperature too high",), {**SIMCLR, "temperature": 50.0}
@@ -181,7 +183,7 @@ FAILURES: dict[str, Plan] = {
         with_one_draw, ("below what copies allow", "positives at 1"), SIMCLR, copies=True, steps=2 * STEPS
     ),
 }
-HEALTHY = {name: healthy(name) for name in RECIPES} | {name: of_patches(name) for name in ("mae", "ijepa")}
+HEALTHY = {name: healthy(name) for name in RECIPES} | {"mae": of_patches("mae")}
 
 
 def trained(plan: Plan, folder: Path, part: Part, data: str) -> str:

@@ -22,7 +22,7 @@ from twofold.measure.collapse import health
 from twofold.measure.copies import loss_allowed, picture_groups, small
 from twofold.measure.hubness import gap
 from twofold.measure.metrics import Interval
-from twofold.measure.negatives import of_pairs, of_views
+from twofold.measure.negatives import NEAR, of_pairs, of_views
 from twofold.models.bundle import Bundle
 from twofold.models.ema import Ema
 from twofold.models.tokens import patches
@@ -164,6 +164,19 @@ def test_findings_say_what_was_made_ill_and_nothing_of_what_was_not():
 
 
 # -- Runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_negatives_as_near_as_the_positive_are_suspects_only_where_they_are_few():
+    z = cloud(40, 8)
+    seen = of_views(z, z + 0.1 * cloud(40, 8, seed=1), temperature=0.5)
+
+    def named(**kinds):
+        return [v.name for v in findings.of_negatives(seen._replace(kinds=kinds))]
+
+    assert named(**{NEAR: (0.05, 0.4)}) == ["false negatives"]
+    assert named(**{NEAR: (0.18, 0.56)}) == [], "so many are near a positive that does not stand out yet"
+    assert named(copies=(0.18, 0.56)) == ["false negatives"], "what is known is no suspicion"
+    assert named(copies=(0.18, 0.3)) == []
 
 
 def test_a_method_comes_back_from_its_checkpoint(runs):

@@ -9,7 +9,7 @@ import torch
 
 from twofold.cli import main
 from twofold.errors import DataError
-from twofold.measure.selection import TRUST, correlation, how_far, ranks, scores, spearman, view_retrieval
+from twofold.measure.selection import TRUST, correlation, ranks, scores, spearman, trusted, view_retrieval
 from twofold.models.bundle import Bundle
 from twofold.models.encoders import image_encoder
 
@@ -73,7 +73,7 @@ def test_what_is_promised_of_a_score_is_what_was_measured():
         own = measured[f"encoder, the same views: {name}"]
         assert np.allclose(trust.across, own["across, kNN"], atol=0.0051), name
         assert np.allclose(trust.within, own["within methods, kNN"], atol=0.0051), name
-    assert "do not choose by it" in how_far("LiDAR") and "do not" not in how_far()
+    assert "do not choose by it" in trusted("LiDAR") and "do not" not in trusted()
 
 
 def test_models_are_ordered_by_pictures_without_labels(tmp_path, capsys, monkeypatch):

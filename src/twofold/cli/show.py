@@ -60,11 +60,11 @@ def print_suite(done: Any) -> None:
 
 def print_unlabelled(found: dict[str, dict[str, float]]) -> None:
     """Scores that need no labels, and how far each can be trusted."""
-    from twofold.measure.selection import BEST, how_far
+    from twofold.measure.selection import BEST, trusted
     from twofold.terminal import CONSOLE, unlabelled_table
 
     CONSOLE.print(unlabelled_table(found))
-    print(f"  most promising: {next(iter(found))}\n  {how_far(BEST)}")
+    print(f"  most promising: {next(iter(found))}\n  {BEST}: {trusted(BEST)}")
 
 
 def print_hits(hits: list) -> None:

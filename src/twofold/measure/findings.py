@@ -11,7 +11,7 @@ from twofold.measure.collapse import Health
 from twofold.measure.diagnosis import Verdict
 from twofold.measure.hubness import Gap
 from twofold.measure.metrics import Interval
-from twofold.measure.negatives import Microscope
+from twofold.measure.negatives import NEAR, Microscope
 from twofold.measure.structure import COPIES
 
 LAGS = 2.5  # times: how much less plain pictures may spread in evaluation than views did in training
@@ -21,6 +21,7 @@ AT_ONE = 0.98  # median cosine of two views: there is nothing left between them
 SHORT = 0.3  # of the partners: what a colour histogram or a thumbnail must not find alone
 LEAKS = 0.05  # of the partners: how many more are found where BatchNorm sees both in one batch
 BELOW = 0.9  # of the loss that copies allow
+RARE = 0.1  # of the negatives: where more are as near as the positive, that one does not stand out, and proves nothing
 APART = 0.5  # of the mean squared distance between the two sides: how much the gap of their means may make
 
 
@@ -120,10 +121,15 @@ def of_negatives(seen: Microscope) -> list[Verdict]:
                 f"Raise the temperature; {suggested[0]:.2g} to {suggested[1]:.2g} suits these embeddings.",
             )
         )
-    if seen.suspects and now.suspects > 3 * seen.suspects and now.suspects > 0.2:
+    heavy = {
+        reason: (part, taken)
+        for reason, (part, taken) in seen.kinds.items()
+        if taken > 3 * part and taken > 0.2 and not (reason == NEAR and part > RARE)
+    }
+    if heavy:
         kinds = "; ".join(
             f"{reason}: {100 * part:.1f} % of the negatives, {100 * taken:.0f} % of the gradient"
-            for reason, (part, taken) in seen.kinds.items()
+            for reason, (part, taken) in heavy.items()
         )
         found.append(
             Verdict(

@@ -22,6 +22,8 @@ HARDEST = 0.01  # of the negatives: their part of the gradient says how much goe
 BINS = 60  # of the histograms, over cosines −1..1
 ALERT, FLAT = 0.05, 0.9  # effective shares of negatives between which a temperature tells hard from easy
 
+NEAR = "as near as the positive"  # by what reason a negative is suspected where nothing is known of it
+
 
 class Shares(NamedTuple):
     """Who gets the gradient at one temperature, on average over anchors."""
@@ -176,7 +178,7 @@ def _as_near(s: Float[Tensor, "q m"], positives: Bool[Tensor, "q m"], alike: flo
     if not alike:
         return {}
     own = s.masked_fill(~positives, -math.inf).amax(1, keepdim=True)
-    return {"as near as the positive": (s >= alike * own) & (own > 0)}
+    return {NEAR: (s >= alike * own) & (own > 0)}
 
 
 class _Pushed(NamedTuple):

@@ -143,12 +143,12 @@ def judging(name: str, size: int, channels: int) -> Policy:
     return policy if channels == 3 else policy.without("saturation", "hue", "gray")
 
 
-def how_far(name: str = BEST) -> str:
+def trusted(name: str = BEST) -> str:
     """How far a score can be trusted, in words; where it went with accuracy in no sure way, it says so."""
     trust = TRUST[name]
     sure = "" if trust.across.low > 0 else "; do not choose by it"
     across, within = (f"{each.value:.2f} [{each.low:.2f}, {each.high:.2f}]" for each in trust)
-    return f"{name}: rank correlation with kNN {across} over 36 CIFAR-10 trainings, {within} within a method{sure}"
+    return f"rank correlation with kNN {across} over 36 CIFAR-10 trainings, {within} within a method{sure}"
 
 
 def looked_at(

@@ -26,7 +26,7 @@ from twofold.measure.hubness import Gap, gap
 from twofold.measure.layout import layout
 from twofold.measure.metrics import unit_rows
 from twofold.measure.negatives import Microscope, of_bank, of_pairs, of_views
-from twofold.measure.selection import how_far, judging, view_retrieval
+from twofold.measure.selection import judging, trusted, view_retrieval
 from twofold.measure.shortcuts import shortcuts
 from twofold.measure.structure import Comparison, Structure, compare_spaces, nearest, structure
 from twofold.methods import METHODS, VJEPA, Method
@@ -78,7 +78,7 @@ class Side(NamedTuple):
         """What to set beside another run's on the same pictures where there are no labels, and how far to trust it."""
         if self.view_retrieval is None:
             return ""
-        return f"view retrieval {self.view_retrieval:.2f}, to set beside other runs' on these pictures. {how_far()}"
+        return f"view retrieval {self.view_retrieval:.2f}, to set beside other runs' on these pictures ({trusted()})"
 
 
 class Against(NamedTuple):
