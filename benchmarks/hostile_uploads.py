@@ -11,8 +11,6 @@ import io
 import json
 import platform
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -26,6 +24,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from load import resident, served
 from twofold.data.atomic import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "hostile_uploads.json"
@@ -111,12 +110,6 @@ def frames() -> bytes:
     return out.getvalue()
 
 
-def resident(process: int) -> float:
-    """MiB that a process holds."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
-
-
 def asked(url: str, content: bytes) -> tuple[int, float]:
     started = time.perf_counter()
     try:
@@ -158,27 +151,13 @@ def main() -> None:
     parser.add_argument("index", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    run = "import sys; from twofold.cli import main; sys.exit(main())"
-    server = subprocess.Popen(
-        [sys.executable, "-c", run, "serve", str(given.index), "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        url = server.stdout.readline().split()[0]
-        while httpx.get(f"{url}/ready", timeout=60).status_code != 200:
-            time.sleep(0.1)
+    with served(given.index) as (url, server):
         assert asked(url, jpeg())[0] == 200
         rows = []
-        for row in measured(url, server.pid):
+        for row in measured(url, server):
             rows.append(row)
             print(row, flush=True)
         alive = asked(url, jpeg())[0] == 200
-    finally:
-        server.terminate()
-        server.wait(30)
     record = {
         "question": "status, time and memory of `twofold serve` under hostile uploads",
         "machine": f"{platform.machine()}, 2 cores",

@@ -18,6 +18,8 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,24 @@ def resident(process: int) -> float:
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
 
+@contextmanager
+def served(index: Path) -> Iterator[tuple[str, int]]:
+    """`twofold serve` of an index, ready: its address and its process."""
+    command = [sys.executable, "-c", "import sys; from twofold.cli import main; sys.exit(main())"]
+    server = subprocess.Popen(
+        [*command, "serve", str(index), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().split()[0]
+        while httpx.get(f"{url}/ready", timeout=60).status_code != 200:
+            time.sleep(0.1)
+        yield url, server.pid
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
 def summary(seconds: list[float]) -> dict[str, float]:
     p50, p95, p99 = (float(x) for x in np.quantile(seconds, [0.5, 0.95, 0.99]))
     return {"n": len(seconds)} | {
@@ -111,27 +131,13 @@ def main() -> None:
         f"{column}={value}" for value, _ in collections.Counter(str(meta[column]) for _, meta in items).most_common(4)
     ]
     questions = [name for name, _ in items], filters, pictures()
-    command = [sys.executable, "-c", "import sys; from twofold.cli import main; sys.exit(main())"]
-    server = subprocess.Popen(
-        [*command, "serve", str(given.index), "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        url = server.stdout.readline().split()[0]
-        while httpx.get(f"{url}/ready", timeout=60).status_code != 200:
-            time.sleep(0.1)
+    with served(given.index) as (url, server):
         asyncio.run(crowd(url, given.clients, min(3, given.seconds), questions))  # each kind has been asked once
-        before = resident(server.pid)
+        before = resident(server)
         start = time.monotonic()
         seen = asyncio.run(crowd(url, given.clients, given.seconds, questions))
         took = time.monotonic() - start
-        after = resident(server.pid)
-    finally:
-        server.terminate()
-        server.wait(30)
+        after = resident(server)
     wrong = [said for _, _, said in seen if said]
     kinds = sorted({kind for kind, _, _ in seen})
     record = {

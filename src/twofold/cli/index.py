@@ -255,7 +255,6 @@ def _duplicates(path: Path, csv: Path | None, json: bool) -> None:
 
 
 def _corrected(path: Path, json: bool) -> None:
-
     from twofold.retrieve.corrected import change, corrected
     from twofold.retrieve.index import Index
 

@@ -21,7 +21,6 @@ TEMPERATURES = tuple(np.geomspace(0.01, 2, 24).round(4).tolist())
 HARDEST = 0.01  # of the negatives: their part of the gradient says how much goes to few
 BINS = 60  # of the histograms, over cosines −1..1
 ALERT, FLAT = 0.05, 0.9  # effective shares of negatives between which a temperature tells hard from easy
-
 NEAR = "as near as the positive"  # by what reason a negative is suspected where nothing is known of it
 
 

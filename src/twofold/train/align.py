@@ -216,7 +216,7 @@ def align(
         )
     after = max((line["recall"] for line in run.log if "recall" in line), default=None)
     meta: dict[str, Any] = {"recipe": asdict(recipe), "data": pairs.name}
-    core = method.method if isinstance(method, WithNegatives) else method
+    core = _core(method)
     if isinstance(core, SigLIP):  # what makes of a cosine the probability of a pair, at the odds of a batch
         scale, bias = core.log_scale.detach().exp(), core.bias.detach()
         meta["siglip"] = {"scale": float(scale), "bias": float(bias), "batch": batches.batch}
@@ -466,6 +466,11 @@ def _with_negatives(
     return WithNegatives(method, torch.from_numpy(second.matrix), owner, negatives, every=every, mine=mine)
 
 
+def _core(method: Method) -> Method:
+    """The objective itself, which mined negatives may be around."""
+    return method.method if isinstance(method, WithNegatives) else method
+
+
 def _mined(path: Path, train: Source, towers: Mapping[Modality, str]) -> Int64[Tensor, "n k"]:
     second = [*towers][1]
     kind, cells = train.column(second)
@@ -590,7 +595,7 @@ class _Validation:
         )
         if len(first) < 2:
             return {}
-        core = method.method if isinstance(method, WithNegatives) else method
+        core = _core(method)
         scale = getattr(core, "log_scale", None)
         seen = of_pairs(
             first,

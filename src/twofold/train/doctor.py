@@ -37,7 +37,7 @@ from twofold.models.encoders import inference
 from twofold.progress import Line
 from twofold.train.align import PAIRED, linked
 from twofold.train.log import read_log
-from twofold.train.masked import Predicted, predicted
+from twofold.train.masked import Predicted, as_rgb, predicted
 from twofold.train.restored import leak, method_name, restored, views_of
 from twofold.views import Policy
 from twofold.views.sheet import contact_sheet
@@ -475,6 +475,4 @@ def _shown(data: Source, thumbnails: UInt8[np.ndarray, "n h w 3"] | None) -> Sho
 def _thumbnails(pictures: Tensor) -> UInt8[np.ndarray, "n h w 3"]:
     side = min(SIDE, pictures.shape[-1])
     parts = [interpolate(_floats(some), size=(side, side), mode="area") for some in pictures.split(BATCH)]
-    shrunk = torch.cat(parts)
-    rgb = shrunk[:, :3] if shrunk.shape[1] >= 3 else shrunk[:, :1].expand(-1, 3, -1, -1)
-    return (rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return as_rgb(torch.cat(parts))

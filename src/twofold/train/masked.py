@@ -54,7 +54,7 @@ def _pixels(method: MAE, x: Float[Tensor, "n c h w"], draw: torch.Generator) -> 
     variance, mean = torch.var_mean(pixels, -1, keepdim=True)
     error = (painted - (pixels - mean) / (variance + 1e-6).sqrt()).square().mean(-1)
     few = x[:PAINTED]
-    rows = [_shown(each) for each in (few, *method.paint(few, draw))]
+    rows = [as_rgb(each) for each in (few, *method.paint(few, draw))]
     constant = (pixels.shape[-1] - 1) / pixels.shape[-1]
     return Predicted(
         by_distance(error, keep, hidden, method.tokens.grid),
@@ -64,7 +64,8 @@ def _pixels(method: MAE, x: Float[Tensor, "n c h w"], draw: torch.Generator) -> 
     )
 
 
-def _shown(x: Float[Tensor, "p c h w"]) -> UInt8[np.ndarray, "p h w 3"]:
+def as_rgb(x: Float[Tensor, "p c h w"]) -> UInt8[np.ndarray, "p h w 3"]:
+    """Floats in 0..1 as pictures to show; of more than three channels the first three."""
     rgb = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
     return (rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
@@ -83,7 +84,7 @@ def _latents(method: IJEPA | VJEPA, x: Tensor, mask: Masked, grid: tuple[int, ..
         by_distance(error, keep, hidden, grid),
         h.flatten(0, 1).var(0, correction=0).mean().item(),
         "mean squared error of normalised latents",
-        np.stack([_shown(few), _shown(torch.where(there > 0, few, 0.5))], 1),
+        np.stack([as_rgb(few), as_rgb(torch.where(there > 0, few, 0.5))], 1),
     )
 
 
