@@ -357,10 +357,12 @@ def test_one_build_at_a_time(photos, bundle, out):
 
 
 SLOW = """
-    import sys, time
+    import signal, sys, time
     import torch
     import twofold.retrieve.index as module
     from twofold.cli import main
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin deaf to Ctrl-C
 
     def embed_slowly(*given):
         print("embedding", flush=True)
@@ -377,17 +379,18 @@ def test_a_second_writer_is_refused_by_the_command_and_ctrl_c_leaves_nothing_bro
     bundle.save(model := out.with_name("model"))
     paint(photos / "blue" / "new.png", 100)
     command = [sys.executable, "-c", textwrap.dedent(SLOW), "index", photos, "--model", model, "--out", out]
-    first = subprocess.Popen([*command, "--slowly"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert first.stdout is not None and first.stdout.readline() == "embedding\n"
-        second = subprocess.run(command, capture_output=True, text=True)
-        assert second.returncode == 1
-        assert f"is being written by process {first.pid}" in second.stderr and "Traceback" not in second.stderr
-        assert_holds(out, photos, [name for name in names_in(photos) if name != "blue/new.png"])
-        first.send_signal(signal.SIGINT)
-        said = first.communicate(timeout=30)[1]
-    finally:
-        first.kill()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "--slowly"], **pipes) as first:
+        try:
+            assert first.stdout is not None and first.stdout.readline() == "embedding\n"
+            second = subprocess.run(command, capture_output=True, text=True)
+            assert second.returncode == 1
+            assert f"is being written by process {first.pid}" in second.stderr and "Traceback" not in second.stderr
+            assert_holds(out, photos, [name for name in names_in(photos) if name != "blue/new.png"])
+            first.send_signal(signal.SIGINT)
+            said = first.communicate(timeout=30)[1]
+        finally:
+            first.kill()
     assert first.returncode == 130 and "Traceback" not in said
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert_holds(out, photos, names_in(photos))

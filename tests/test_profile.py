@@ -90,7 +90,10 @@ def test_a_slow_part_is_blamed_and_all_parts_are_the_step(part, tmp_path):
     assert json.loads((tmp_path / PROFILE).read_text()) == json.loads(json.dumps(found.json()))
 
 
-def test_a_clock_counts_a_part_without_the_parts_inside_it():
+def test_a_clock_counts_a_part_without_the_parts_inside_it(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     clock = Clock()
     started = time.perf_counter()
     with clock("other"):
