@@ -307,6 +307,26 @@ def test_compiling_leaves_names_as_they_are_and_ends_with_the_run():
     assert not any(module._compiled_call_impl for module in method.modules())
 
 
+def train_narrow(out: Path) -> None:
+    """A ResNet whose shortcuts are narrower than a vector register: 8 channels, at a map that is 64 wide."""
+    torch.manual_seed(0)
+    encoder = image_encoder("timm:resnet18/8", size=64, small_stem=True)
+    policy = replace(SIMCLR_CIFAR, size=64)
+    method = SimCLR(encoder, policies=(policy, policy), head=Head(2, 32, 16))
+    seen = []
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    fit(method, pictures(8), steps=2, out=out, quiet=True)
+    assert seen and all(seen)
+
+
+def test_narrow_strided_convolutions_do_not_crash_in_channels_last(tmp_path):
+    process = start(train_narrow, tmp_path)
+    process.join()
+    assert process.exitcode == 0  # -SIGSEGV before
+
+
 def test_a_chunk_too_small_for_batchnorm_is_named_with_what_to_do(tmp_path):
     policy = replace(SIMCLR_CIFAR, size=SIZE)
     encoder = small(nn.BatchNorm2d(8))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from lightning_fabric import Fabric
+from torch import nn
 
 from twofold import runtime
 from twofold.data.atomic import write_atomically
@@ -164,7 +165,8 @@ def fit(
     if fabric.is_global_zero:
         environment = json.dumps(runtime.environment(), indent=1) + "\n"
         write_atomically(out / "environment.json", lambda path: path.write_text(environment))
-    method.to(memory_format=torch.channels_last)  # convolutions take a half to a third of the time
+    if not any(_overruns(layer) for layer in method.modules()):
+        method.to(memory_format=torch.channels_last)  # convolutions take a half to a third of the time
     raw = optimizer.build(method)
     model, stepper = fabric.setup(method, raw)
     first = 0
@@ -306,6 +308,16 @@ def fit(
         TERMINAL.print(f"  no profile: its first {profiler.warmup} steps are left out, and there were no more")
     log_lines = read_log(out / "log.jsonl")
     return Run(out, done, log_lines, time.monotonic() - started, found, best.step if best else None)
+
+
+def _overruns(layer: nn.Module) -> bool:
+    """Whether oneDNN would write past its memory for this layer's gradient, were channels last.
+
+    It does for 1×1 convolutions with a stride and fewer channels than a vector register holds, 16 at most: the process
+    dies, or goes on with wrong gradients (oneDNN's issue 6035, torch 2.15).
+    """
+    narrow = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels < 16
+    return narrow and layer.kernel_size == (1, 1) and layer.stride != (1, 1)
 
 
 @contextmanager
