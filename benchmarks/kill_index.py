@@ -32,7 +32,7 @@ from twofold.data.vectors import Vectors
 from twofold.models.bundle import Bundle
 from twofold.models.encoders import image_encoder
 from twofold.retrieve.check import check
-from twofold.retrieve.index import read_head, read_items
+from twofold.retrieve.snapshot import read_head, read_items
 
 RESULTS = Path(__file__).parent / "results" / "kill_index.json"
 ITEMS, KILLS = 4000, 20

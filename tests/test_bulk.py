@@ -20,7 +20,8 @@ from twofold.errors import DecodeError, FingerprintMismatch, StoreError, UsageEr
 from twofold.models.bundle import Bundle, Tower
 from twofold.models.encoders import image_encoder
 from twofold.retrieve.bulk import Part, embed_part
-from twofold.retrieve.index import Index, claimed, read_head, read_items
+from twofold.retrieve.index import Index
+from twofold.retrieve.snapshot import claimed, read_head, read_items
 
 CLI = [sys.executable, "-c", "import sys; from twofold.cli import main; sys.exit(main())"]
 

@@ -23,7 +23,8 @@ from twofold.models.bundle import Bundle
 from twofold.models.encoders import image_encoder
 from twofold.retrieve.check import check, repair
 from twofold.retrieve.duplicates import duplicates
-from twofold.retrieve.index import Index, read_head, read_items
+from twofold.retrieve.index import Index
+from twofold.retrieve.snapshot import read_head, read_items
 from twofold.retrieve.store import ChromaStore
 
 

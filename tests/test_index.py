@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-import twofold.retrieve.index as module
+import twofold.retrieve.snapshot as module
 from test_store import server
 from twofold.data.samples import openmoji
 from twofold.data.sources import Source, open_source
@@ -192,9 +192,9 @@ def test_a_source_without_a_readable_item_makes_no_index(tmp_path, bundle, out):
 KILLED = """
     import os, signal, sys
     import twofold.measure.embed as embedding
-    import twofold.retrieve.index as module
+    from twofold.retrieve import index, snapshot
     photos, model, out, when = sys.argv[1:]
-    module.CHUNK = embedding.BATCH = embedding.SHARD = 3
+    snapshot.CHUNK = embedding.BATCH = embedding.SHARD = 3
     from twofold.retrieve.store import ChromaStore
     upsert = ChromaStore.upsert
 
@@ -207,7 +207,7 @@ KILLED = """
 
     if when == "filling":
         ChromaStore.upsert = upsert_and_die
-    module.index(photos, model=model, out=out, progress=lambda at, _: die() if when == "embedding" and at > 6 else None)
+    index.index(photos, model=model, out=out, progress=lambda at, _: die() if when == "embedding" and at > 6 else None)
 """
 
 

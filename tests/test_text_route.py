@@ -19,7 +19,8 @@ from twofold.models.encoders import image_encoder, text_encoder
 from twofold.retrieve.check import check, repair
 from twofold.retrieve.fit_fusion import fit_fusion, keep
 from twofold.retrieve.fusion import Fusion
-from twofold.retrieve.index import Index, keep_fusion, open_store, read_head
+from twofold.retrieve.index import Index, keep_fusion
+from twofold.retrieve.snapshot import open_store, read_head
 from twofold.retrieve.store import Place
 
 NAMES = ["bank", "boat", "cat", "dog", "fish", "lamp", "moon", "road"]
@@ -163,7 +164,7 @@ def test_what_was_embedded_before_a_kill_is_not_embedded_again(tmp_path, bundle,
 
     embedder = Bags()
     with monkeypatch.context() as patch:
-        patch.setattr("twofold.retrieve.index._write_snapshot", die)
+        patch.setattr("twofold.retrieve.index.write_snapshot", die)
         with pytest.raises(Killed):
             Index.build(source(), bundle, tmp_path / "index", texts=embedder)
     assert Index.build(source(), bundle, tmp_path / "index", texts=embedder).texts_embedded == 0

@@ -193,7 +193,7 @@ def _kept(store: str | None, hnsw: tuple[str, ...], out: Path) -> "Kept | None":
     """The store that is asked for; with settings alone, that of the index with these settings."""
     from twofold.errors import UsageError
     from twofold.retrieve.engines import Kept
-    from twofold.retrieve.index import read_head
+    from twofold.retrieve.snapshot import read_head
 
     if store is None and not hnsw:
         return None

@@ -24,7 +24,9 @@ from twofold.data.sources import Modality, Source
 from twofold.data.vectors import Vectors
 from twofold.errors import UsageError
 from twofold.models.bundle import Bundle
-from twofold.retrieve.index import Existing, Progress, begun, claimed, embed_items
+from twofold.retrieve.contents import embed_items
+from twofold.retrieve.index import Existing, begun
+from twofold.retrieve.snapshot import Progress, claimed
 
 UNIT = 2048  # contents of a unit: one file of vectors, about a minute on two cores
 TRIES = 3  # of a unit whose process or machine was lost

@@ -11,10 +11,10 @@ from twofold.data.sources import open_source
 from twofold.data.vectors import Vectors
 from twofold.errors import StoreError, TwofoldError
 from twofold.models.bundle import Bundle
-from twofold.retrieve.index import (
+from twofold.retrieve.index import Index
+from twofold.retrieve.snapshot import (
     CHUNK,
     Head,
-    Index,
     Progress,
     open_store,
     read_head,

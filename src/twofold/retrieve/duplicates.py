@@ -9,7 +9,8 @@ import torch
 from twofold.data.decode import DecodeError, Skipped, ahead, decode, fit
 from twofold.data.vectors import Vectors
 from twofold.mining.prints import perceptual_hashes
-from twofold.retrieve.index import Item, Progress, read_head, read_items, thumbnail_place
+from twofold.retrieve.contents import thumbnail_place
+from twofold.retrieve.snapshot import Item, Progress, read_head, read_items
 
 SIDE = 32  # pixels of what a print is taken of
 BITS = 6  # of 64 that two prints of one picture may differ in

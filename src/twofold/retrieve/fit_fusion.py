@@ -11,8 +11,9 @@ from twofold.errors import DataError
 from twofold.measure.calibration import SHOWN, Honesty, Shown, cross_validated, fit_calibration
 from twofold.measure.metrics import Interval, bootstrap
 from twofold.retrieve.fusion import FUSION, Fusion
-from twofold.retrieve.index import Index, Progress, keep_fusion
+from twofold.retrieve.index import Index, keep_fusion
 from twofold.retrieve.retriever import POOL
+from twofold.retrieve.snapshot import Progress
 
 WEIGHTS = [n / 20 for n in range(21)]
 

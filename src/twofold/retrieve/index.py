@@ -16,79 +16,54 @@ old one, and a build that is killed leaves no trace but the vectors that it had 
 """
 
 import contextlib
-import errno
-import hashlib
 import json
-import secrets
 import shutil
-import sqlite3
-import time
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import SafetensorError
 
 from twofold.data.atomic import write_atomically
-from twofold.data.decode import OnError, Raw, Skipped, ahead, skip_report, thumbnail
+from twofold.data.decode import OnError, Skipped, skip_report
 from twofold.data.sources import Modality, Source, content_key, open_source
 from twofold.data.vectors import Vectors
 from twofold.errors import BundleError, DataError, FingerprintMismatch, StoreError, UsageError, unknown
-from twofold.measure.embed import embed
 from twofold.measure.layout import layout
-from twofold.models.bundle import Bundle, kept_meta
+from twofold.models.bundle import Bundle
 from twofold.models.encoders import TextEncoder, fingerprint
+from twofold.retrieve.contents import embed_items, keep_thumbnails
 from twofold.retrieve.corrected import keep_answers
-from twofold.retrieve.engines import Engine, Kept, engine
+from twofold.retrieve.engines import Kept
 from twofold.retrieve.fusion import FUSION, Fusion
 from twofold.retrieve.retriever import Picture, Retriever
-from twofold.retrieve.spaces import Row, Space, TextSpace, text_rows, texts_of
-from twofold.retrieve.store import Claim, ExactStore, Hit, Scalar, Store, Where, scalars
+from twofold.retrieve.snapshot import (
+    CHUNK,
+    Head,
+    Item,
+    Progress,
+    claimed,
+    exact_store,
+    healthy,
+    index_id,
+    mismatch,
+    next_snapshot,
+    now,
+    open_store,
+    publish,
+    read_head,
+    read_items,
+    read_lines,
+    write_snapshot,
+)
+from twofold.retrieve.spaces import Space, TextSpace, texts_of
+from twofold.retrieve.store import Hit, Scalar, Store, Where
 from twofold.retrieve.text_embedders import LocalEmbedder, TextEmbedder, text_embedder
 
-THUMBNAIL = 320  # pixels of the longer side
-CHUNK = 8192  # items whose vectors are in memory at once
-ENTRIES = {
-    *("index.json", "model", "vectors", "items", "chroma", "exact", "thumbs", "map", "twofold.lock"),
-    *("feedback.jsonl", "corrected.json", "fusion.json"),
-}
-
 Existing = Literal["keep", "prune", "replace"]
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Head:
-    """What index.json says."""
-
-    fingerprint: str  # of the tower that made the vectors
-    bundle: str  # the fingerprint of the bundle with all its towers
-    modality: Modality
-    dim: int
-    snapshot: str
-    source: str  # what the index was made from, for messages
-    built: str  # when the snapshot was made
-    format: int = 1
-    texts: Space | None = None  # of the items' texts, where there is one
-    store: Kept = field(default_factory=Kept)  # what answers searches
-    id: str = ""  # by which its stores are told from others on a server
-
-    @property
-    def spaces(self) -> list[Space]:
-        own = Space("items", self.fingerprint, self.dim)
-        return [own] if self.texts is None else [own, self.texts]
-
-
-class Item(NamedTuple):
-    """What an index knows of an item, besides the vector that `key` names. `texts` are those of the space of texts."""
-
-    key: str
-    meta: dict[str, Scalar]
-    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +101,7 @@ class Index:
         bundle = model if isinstance(model, Bundle) else Bundle.load(Path(model or path / "model"))
         while True:
             if bundle.tower_fingerprint(head.modality) != head.fingerprint:
-                raise _mismatch(path, head, bundle, "MODEL" if isinstance(model, Bundle | None) else str(model))
+                raise mismatch(path, head, bundle, "MODEL" if isinstance(model, Bundle | None) else str(model))
             try:
                 return _opened(path, head, bundle, exact=exact)
             except StoreError as error:
@@ -139,7 +114,7 @@ class Index:
 
     def items(self) -> Iterator[tuple[str, dict[str, Scalar]]]:
         """Every item's id and columns, read from the disk one after the other."""
-        for name, item in _lines(self.path, self.head):
+        for name, item in read_lines(self.path, self.head):
             yield name, item.meta
 
     def columns(self) -> list[str]:
@@ -249,12 +224,12 @@ class Index:
                 new = {name: item._replace(texts=texts_of_source.get(name, item.texts)) for name, item in new.items()}
                 made = _embed_texts(out, embedder, new, progress)
                 head = replace(head, texts=_text_space(embedder, new))
-            if was and new == old and (head.texts, head.store) == (was.texts, was.store) and _healthy(out, was, old):
+            if was and new == old and (head.texts, head.store) == (was.texts, was.store) and healthy(out, was, old):
                 head = replace(head, snapshot=was.snapshot, built=was.built)
             else:
-                _write_snapshot(out, head, new, was, old)
-            _keep_thumbnails(out, source, found, old)
-            _publish(out, head, bundle, was)
+                write_snapshot(out, head, new, was, old)
+            keep_thumbnails(out, source, found, old)
+            publish(out, head, bundle, was)
         return Built(
             items=len(new),
             embedded=len(vectors) - before,
@@ -304,15 +279,15 @@ class Index:
                 items = {name: item for name, item in items.items() if item.key in vectors}
             if not items:
                 raise StoreError(f"Nothing of {path} would be left. Delete it, or bring back {head.source}.")
-            new = replace(head, snapshot=_next_snapshot(head), built=_now(), store=store or head.store, id=_id(head))
+            new = replace(head, snapshot=next_snapshot(head), built=now(), store=store or head.store, id=index_id(head))
             if head.texts is not None:
                 kept_texts = Vectors(path / "vectors", head.texts.fingerprint, head.texts.dim)
                 kept_texts.drop(kept_texts.broken([content_key(text) for text in _all_texts(items)]))
                 if kept_texts.missing([content_key(text) for text in _all_texts(items)]):
                     _embed_texts(path, _embedder(path, None, head, None), items, progress)
                 new = replace(new, texts=replace(head.texts, rows=sum(len(item.texts) for item in items.values())))
-            _write_snapshot(path, new, items, None, {})
-            _publish(path, new, None, head)
+            write_snapshot(path, new, items, None, {})
+            publish(path, new, None, head)
         return sorted(held.keys() - items.keys())
 
 
@@ -359,94 +334,15 @@ def search(
         return opened.search(text, image=image, like=like, minus=minus, k=k, where=where)
 
 
-# -- Items ------------------------------------------------------------------------------------------------------------
-
-
-def embed_items(
-    source: Source,
-    bundle: Bundle,
-    modality: Modality,
-    vectors: Vectors,
-    on_error: OnError,
-    progress: Progress | None,
-) -> tuple[dict[str, Item], list[Skipped]]:
-    """The source's items, after their contents have vectors; and those that cannot have one."""
-    keys = source.keys(modality)
-    todo = vectors.missing(keys)  # a content that several items share is tried once
-    done = embed(bundle, source.take(todo), modality, vectors=vectors, on_error=on_error, progress=progress, quiet=True)
-    key_of = {source.ids[i]: keys[i] for i in todo}
-    reasons = {key_of[name]: reason for name, reason in done.skipped}
-    if source.modalities.get(modality) == "text" and done.ids:
-        # `embed` keeps a vector for each text; the item's own is their mean direction
-        units = done.matrix / np.linalg.norm(done.matrix, axis=1, keepdims=True)
-        vectors.append([key_of[name] for name in done.ids], np.add.reduceat(units, done.offsets[:-1]))
-    items, skipped = {}, []
-    for i, (name, key) in enumerate(zip(source.ids, keys, strict=True)):
-        if key in vectors:
-            items[name] = Item(key, _meta(source, i))
-        else:
-            skipped.append(Skipped(name, reasons.get(key, "it changed while it was being read")))
-    return items, skipped
-
-
 def _first(source: Source, bundle: Bundle) -> Modality:
     """The source's first column that the bundle has a tower for."""
     first = next(iter(source.modalities), "image")  # which the bundle will say that it has no tower for
     return next((name for name in source.modalities if name in bundle.towers), first)
 
 
-def _meta(source: Source, i: int) -> dict[str, Scalar]:
-    """What a hit will show of item `i`: its first text, label, split, file, and the source's further columns."""
-    columns: dict[str, object] = {}
-    if source.texts is not None and source.texts[i]:
-        columns["text"] = source.texts[i][0]
-    if source.labels is not None and source.labels[i] >= 0:
-        columns["label"] = source.classes[source.labels[i]] if source.classes else source.labels[i]
-    if source.splits is not None:
-        columns["split"] = source.splits[i]
-    if source.images is not None and isinstance(image := source.images[i], Path):
-        columns["image"] = image.resolve()
-    for name, (kind, cells) in source.columns.items():
-        if kind == "text" and cells[i]:
-            columns[name] = cells[i][0]
-        elif isinstance(cells[i], Path):
-            columns[name] = cells[i].resolve()
-    return scalars({name: column[i] for name, column in source.meta.items()} | columns)
-
-
-def thumbnail_place(index: Path, id: str) -> Path:
-    """Where the small picture of an item lies, once there is one; no id, whatever is in it, leads elsewhere."""
-    name = hashlib.blake2b(id.encode(), digest_size=16).hexdigest()
-    return index / "thumbs" / name[:2] / f"{name}.jpg"
-
-
 def _save_map(path: Path, ids: list[str], places: Float[np.ndarray, "n 2"]) -> None:
     with open(path, "wb") as file:
         np.savez(file, ids=np.array(ids), places=places)
-
-
-def keep_thumbnail(place: Path, content: bytes) -> None:
-    """Whole or absent; it can be made again, so nobody waits until it is on the disk for certain."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
-    temporary.write_bytes(content)
-    temporary.replace(place)
-
-
-def _keep_thumbnails(path: Path, source: Source, found: dict[str, Item], old: dict[str, Item]) -> None:
-    """Small pictures of items that have no file of their own, before the source is closed."""
-
-    def wanted(name: str, image: Raw) -> bool:
-        if isinstance(image, Path) or name not in found:
-            return False
-        return old.get(name) != found[name] or not thumbnail_place(path, name).exists()
-
-    def make(one: tuple[str, Raw], _: str) -> None:
-        keep_thumbnail(thumbnail_place(path, one[0]), thumbnail(one[1], THUMBNAIL, name=one[0]))
-
-    pictures = list(zip(source.ids, source.images or (), strict=bool(source.images)))
-    for _ in ahead([one for one in pictures if wanted(*one)], make):
-        pass  # what has no picture is passed over: an item found by its text
 
 
 # -- Texts ------------------------------------------------------------------------------------------------------------
@@ -523,44 +419,6 @@ def _annotated(path: Path) -> list[int]:
     return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
 
 
-# -- The folder -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def claimed(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """The folder, for one process that writes it, or for several (`shared`) that embed for it; refuses one that holds
-    other things."""
-    path.mkdir(parents=True, exist_ok=True)
-    if strange := sorted(e.name for e in path.iterdir() if e.name not in ENTRIES and not e.name.startswith(".")):
-        raise StoreError(f"{path} is no index: it holds {strange[0]}. Choose a new or empty folder.")
-    claim = Claim(path / "twofold.lock", shared=shared)
-    try:
-        yield
-    except (OSError, StoreError, sqlite3.Error, SafetensorError) as error:
-        if not _is_full(path, error):
-            raise
-        raise StoreError(
-            f"{path} cannot be written: its disk is full, a quota on it is used up, or it fails. What was in the index "
-            f"is whole, and what was embedded is kept. Make room; the same command goes on from there. ({error})"
-        ) from error
-    finally:
-        claim.release()
-
-
-def _is_full(path: Path, error: Exception) -> bool:
-    """Whether this failed for want of room; Chroma and safetensors say so in their own words, if at all."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    said = str(error).lower()
-    return any(words in said for words in ("is full", "no space left", "too large", "disk i/o error")) or not _room(
-        path
-    )
-
-
-def _room(path: Path) -> bool:
-    return shutil.disk_usage(path).free > 1 << 20
-
-
 def begun(
     source: Source, bundle: Bundle, path: Path, modality: Modality | None, existing: Existing, store: Kept | None = None
 ) -> tuple[Head | None, Head]:
@@ -574,7 +432,7 @@ def begun(
         if was.modality != head.modality:
             raise UsageError(f"{path} is an index of {was.modality}s; make that of {head.modality}s in another folder.")
         if was.fingerprint != head.fingerprint:
-            raise _mismatch(path, was, bundle, "MODEL")
+            raise mismatch(path, was, bundle, "MODEL")
     return was, head
 
 
@@ -584,97 +442,12 @@ def _new_head(source: Source, bundle: Bundle, modality: Modality, was: Head | No
         bundle=bundle.fingerprint,
         modality=modality,
         dim=bundle.dim,
-        snapshot=_next_snapshot(was),
+        snapshot=next_snapshot(was),
         source=source.name,
-        built=_now(),
+        built=now(),
         store=store or (was.store if was else Kept()),
-        id=_id(was),
+        id=index_id(was),
     )
-
-
-def _id(head: Head | None) -> str:
-    return (head.id if head else "") or secrets.token_hex(6)
-
-
-def _next_snapshot(head: Head | None) -> str:
-    return f"{int(head.snapshot) + 1 if head else 1:04d}"
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def read_head(path: Path) -> Head:
-    try:
-        said = json.loads((path / "index.json").read_text())
-        texts = Space(**said["texts"]) if said.get("texts") else None
-        head = Head(**{**said, "texts": texts, "store": Kept(**said.get("store", {}))})
-    except FileNotFoundError:
-        raise StoreError(
-            f"{path} is no index: it has no index.json. `twofold index SOURCE --model MODEL --out {path}` makes one."
-        ) from None
-    except (ValueError, TypeError) as error:
-        raise StoreError(
-            f"{path / 'index.json'} is damaged or of another version of twofold ({error}). Delete it and "
-            f"index again: contents that have a vector are not embedded again."
-        ) from error
-    return head
-
-
-def _items_file(path: Path, head: Head) -> Path:
-    return path / "items" / f"{head.snapshot}.jsonl"
-
-
-def read_items(path: Path, head: Head) -> dict[str, Item]:
-    return dict(_lines(path, head))
-
-
-def _lines(path: Path, head: Head) -> Iterator[tuple[str, Item]]:
-    file = _items_file(path, head)
-    try:
-        with open(file, encoding="utf-8") as lines:
-            for row in map(json.loads, lines):
-                yield row["id"], Item(row["key"], row["meta"], tuple(row.get("texts", ())))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{file} is missing or damaged ({error}). `twofold index {head.source} --model {path / 'model'} "
-            f"--out {path} --existing replace` makes it again; contents that have a vector are not embedded again."
-        ) from error
-
-
-def _write_items(path: Path, items: dict[str, Item]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        for name, (key, meta, texts) in items.items():
-            row = {"id": name, "key": key, "meta": meta} | ({"texts": texts} if texts else {})
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def rows_of(space: Space, items: dict[str, Item]) -> dict[str, Row]:
-    """What the store of a space holds of these items."""
-    if space.name == "items":
-        return {name: Row(item.key, item.meta) for name, item in items.items()}
-    return {id: row for name, item in items.items() for id, row in text_rows(name, item.texts, item.meta).items()}
-
-
-def store_name(head: Head, space: Space) -> str:
-    return head.snapshot if space.name == "items" else f"{head.snapshot}-{space.name}"
-
-
-def engine_of(path: Path, head: Head) -> Engine:
-    return engine(head.store, path, head.id)
-
-
-def open_store(path: Path, head: Head, space: Space, *, write: bool = False) -> Store:
-    name = store_name(head, space)
-    return engine_of(path, head).open(name, fingerprint=space.fingerprint, dim=space.dim, write=write)
-
-
-def _exact(path: Path, space: Space, items: dict[str, Item]) -> ExactStore:
-    rows = rows_of(space, items)
-    store = ExactStore(fingerprint=space.fingerprint, dim=space.dim)
-    vectors = Vectors(path / "vectors", space.fingerprint, space.dim)
-    store.upsert(list(rows), vectors.get([row.key for row in rows.values()]), [row.meta for row in rows.values()])
-    return store
 
 
 def _opened(path: Path, head: Head, bundle: Bundle, *, exact: bool) -> Index:
@@ -683,7 +456,7 @@ def _opened(path: Path, head: Head, bundle: Bundle, *, exact: bool) -> Index:
     with contextlib.ExitStack() as undo:
         stores: list[Store] = []
         for space in head.spaces:
-            stores.append(_exact(path, space, items) if exact else open_store(path, head, space))
+            stores.append(exact_store(path, space, items) if exact else open_store(path, head, space))
             undo.callback(stores[-1].close)
         texts = None
         if head.texts is not None:
@@ -706,85 +479,3 @@ def _keep_answers(path: Path) -> None:
     """Before another model comes in: how the one that is there answers what people judged."""
     with contextlib.suppress(StoreError, FingerprintMismatch, BundleError), Index.open(path) as old:
         keep_answers(old)  # an index that cannot be opened any more has no answers to keep
-
-
-def _healthy(path: Path, head: Head, items: dict[str, Item]) -> bool:
-    try:
-        for space in head.spaces:
-            with contextlib.closing(open_store(path, head, space)) as store:
-                if store.ids() != sorted(rows_of(space, items)):
-                    return False
-    except StoreError:
-        return False
-    return True
-
-
-def _write_snapshot(path: Path, head: Head, items: dict[str, Item], was: Head | None, old: dict[str, Item]) -> None:
-    """Write the stores and the list of `items`: what changed in a copy of the old stores, or all in new ones."""
-    # Chroma only marks what is deleted or replaced; past a half, a new store is smaller and finds better.
-    same = sum(old.get(name) == item for name, item in items.items())
-    if was is None or 2 * same < len(old):
-        old = {}
-    for space in head.spaces:
-        stores, name = engine_of(path, head), store_name(head, space)
-        stores.drop(name)  # of a build that was killed
-        vectors = Vectors(path / "vectors", space.fingerprint, space.dim)
-        rows, held = rows_of(space, items), {}
-        if (
-            old
-            and was is not None
-            and any(one.fingerprint == space.fingerprint and one.name == space.name for one in was.spaces)
-        ):
-            held = rows_of(space, old)
-        try:
-            if held and was is not None and not (was.store == head.store and stores.copy(store_name(was, space), name)):
-                held = {}
-                stores.drop(name)
-            _fill(path, head, space, rows, vectors, held)
-        except (StoreError, OSError, sqlite3.Error):
-            if not held:
-                raise
-            stores.drop(name)  # a copy of something damaged
-            _fill(path, head, space, rows, vectors, {})
-    write_atomically(_items_file(path, head), lambda file: _write_items(file, items))
-
-
-def _fill(path: Path, head: Head, space: Space, rows: dict[str, Row], vectors: Vectors, old: dict[str, Row]) -> None:
-    with contextlib.closing(open_store(path, head, space, write=True)) as store:
-        if store.ids() != sorted(old):
-            raise StoreError(f"The store {store_name(head, space)} does not hold the items that it should.")
-        store.delete([name for name in old if name not in rows])
-        todo = [name for name, row in rows.items() if old.get(name) != row]
-        for start in range(0, len(todo), CHUNK):
-            names = todo[start : start + CHUNK]
-            store.upsert(names, vectors.get([rows[n].key for n in names]), [rows[n].meta for n in names])
-
-
-def _publish(path: Path, head: Head, bundle: Bundle | None, was: Head | None) -> None:
-    """Point index.json at the new snapshot, then sweep away what nobody reads any more."""
-    if bundle is not None and (was is None or was.bundle != head.bundle or kept_meta(path / "model") != bundle.meta):
-        bundle.save(path / "model")
-    if head != was:
-        text = json.dumps(asdict(head), indent=2) + "\n"
-        write_atomically(path / "index.json", lambda file: file.write_text(text))
-    used = [store_name(head, space) for space in head.spaces]
-    before = [store_name(was, space) for space in was.spaces] if was else []
-    kept = engine_of(path, head).sweep(used, before)
-    for other in {Kept("chroma"), Kept("exact"), was.store if was else head.store}:
-        if other.engine != head.store.engine:
-            kept += engine_of(path, replace(head, store=other)).sweep(())
-    for file in (path / "items").glob("*.jsonl"):
-        if file.stem not in (head.snapshot, *kept):
-            file.unlink(missing_ok=True)
-    prints = {space.fingerprint for space in head.spaces}
-    for folder in (path / "vectors").iterdir():
-        if folder.name not in prints:
-            shutil.rmtree(folder)
-
-
-def _mismatch(path: Path, head: Head, bundle: Bundle, model: str) -> FingerprintMismatch:
-    return FingerprintMismatch(
-        f"{path} was made by the encoder {head.fingerprint}; this model's {head.modality} tower is "
-        f"{bundle.tower_fingerprint(head.modality)}. Search with the model that made it, or make it again: "
-        f"`twofold index {head.source} --model {model} --out {path} --existing replace`."
-    )

@@ -13,10 +13,11 @@ import numpy as np
 
 from twofold.data.decode import Raw, area, thumbnail
 from twofold.errors import BundleError, DecodeError, EmbedderError, StoreError
+from twofold.retrieve.contents import THUMBNAIL, keep_thumbnail, thumbnail_place
 from twofold.retrieve.corrected import Corrected, corrected
 from twofold.retrieve.feedback import Click, Feedback
 from twofold.retrieve.filters import compiled, matches
-from twofold.retrieve.index import THUMBNAIL, Index, keep_thumbnail, thumbnail_place
+from twofold.retrieve.index import Index
 from twofold.retrieve.part import Part
 from twofold.retrieve.retriever import Retriever
 from twofold.retrieve.store import Hit, Where
