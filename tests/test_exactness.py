@@ -148,9 +148,10 @@ def objective(name: str, rows: int) -> dict[str, Tensor]:
 STEPS, PICTURES, SIDE = 3, 11, 16
 OPTIONS: dict[str, dict[str, Any]] = {  # beside small heads
     "moco": {"queue": 48, "momentum": 0.9, "shuffle": False},
+    "vjepa, the future": {"frames": 4, "future": 0.5},
     "moco, shuffled keys, no BatchNorm": {"queue": 48, "momentum": 0.9},
     "lejepa": {"directions": 32},
-    "vjepa": {"frames": 2},
+    "vjepa": {"frames": 4},
 }
 IMAGES = [name for name, method in METHODS.items() if "text" not in method.needs]
 WHOLE = [*IMAGES, "coca", *(name for name in OPTIONS if name not in METHODS)]
@@ -195,7 +196,7 @@ def trained(name: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for step in range(STEPS):
         pictures = torch.randint(256, (PICTURES, 3, 24, 24), generator=generator(step), dtype=torch.uint8)
-        columns = {"image": pictures, "video": torch.stack((pictures, pictures.flip(-1)), 1)}
+        columns = {"image": pictures, "video": torch.stack((pictures, pictures.flip(-1)) * 2, 1)}
         columns["label"] = torch.arange(PICTURES) % 3
         lengths = 2 + torch.arange(PICTURES)[:, None] % 4  # so that no process has as many words as another
         columns["text"] = (torch.arange(2, 8) + columns["label"][:, None]) * (torch.arange(6) < lengths)

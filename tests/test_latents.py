@@ -17,7 +17,7 @@ from twofold.models.tokens import ClipTokens, Tokens, patches, tubelets
 from twofold.objectives import latent_regression, masked_pixels, masked_pixels_chance, token_variance
 from twofold.train.loop import fit
 from twofold.views import NONE, SIMCLR_CIFAR
-from twofold.views.masks import multiblock, random, taken
+from twofold.views.masks import ahead, multiblock, random, taken
 
 SIZE, SHAPE = 16, Blocks(1, 16, 2)
 SAME = (replace(NONE, size=SIZE),)
@@ -303,6 +303,28 @@ def test_vjepas_pixels_are_those_of_the_tubes_both_frames_normalised_as_one_patc
     torch.testing.assert_close(method(batch, runtime.generator(0)).loss, sum(losses) / 2)
 
 
+def test_of_the_future_nothing_is_seen_and_all_of_it_is_asked_for():
+    method, batch = vjepa(future=0.5, pixels=1.0), {"video": clips()}
+    draw = runtime.generator(0)
+    x = alike(method.policies[0], batch["video"], draw)
+    past, later = (torch.arange(64).expand(3, -1) + start for start in (0, 64))
+    answers = method.predictor(method.tokens(x, past), past, later[:, None])[:, 0]
+    tokens = latent_regression(answers[..., :16], method.target(x)[:, 64:], beta=0.0)
+    true = tubelets(method.tokens.standard(x), (2, 8, 8))[:, 64:]
+    expected = (tokens + masked_pixels(answers[..., 16:], true)).mean()
+    torch.testing.assert_close(method(batch, runtime.generator(0)).loss, expected)
+    seen = x.clone()
+    seen[:, 2:] = torch.rand_like(seen[:, 2:])
+    torch.testing.assert_close(method.tokens(seen, past), method.tokens(x, past))
+
+
+@pytest.mark.parametrize(("share", "seen"), [(0.25, 6), (0.5, 4), (0.7, 2), (0.99, 1)])
+def test_the_future_begins_where_its_share_of_the_clip_does(share, seen):
+    keep, hidden = ahead(2, (8, 3, 5), share=share, draw=runtime.generator(0))
+    assert keep.tolist() == 2 * [[*range(15 * seen)]]
+    assert hidden.tolist() == 2 * [[[*range(15 * seen, 120)]]]
+
+
 def test_all_frames_of_a_clip_are_seen_alike_and_clips_differently():
     still = clips(6)[:, :1].expand(-1, 4, -1, -1, -1)
     policy = replace(SIMCLR_CIFAR, size=SIZE)
@@ -314,5 +336,9 @@ def test_all_frames_of_a_clip_are_seen_alike_and_clips_differently():
 def test_what_no_clip_can_be_is_refused():
     with pytest.raises(UsageError, match="5 frames and tubelets of 2"):
         vjepa(frames=5)
+    with pytest.raises(UsageError, match="future is the share"):
+        vjepa(future=1.0)
+    with pytest.raises(UsageError, match="two tubelets of time or more"):
+        vjepa(frames=2, future=0.5)({"video": clips()[:, :2]}, runtime.generator(0))
     with pytest.raises(UsageError, match="class token"):
         VJEPA(image_encoder("timm:vit_tiny_patch16_224", size=16, pretrained=False), policies=SAME, predictor=SHAPE)

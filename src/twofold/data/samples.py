@@ -104,18 +104,20 @@ def _split(family: str) -> str:
 DIRECTIONS = ("east", "northeast", "north", "northwest", "west", "southwest", "south", "southeast")
 
 
-def motion(train: int = 2000, test: int = 500, *, frames: int = 16, size: int = 32, seed: int = 0) -> Source:
-    """Clips of an emoji that drifts over a still ground in one of eight directions, 1 or 2 pixels a frame.
+def motion(
+    train: int = 2000, test: int = 500, *, frames: int = 16, size: int = 32, side: int = 16, seed: int = 0
+) -> Source:
+    """Clips of an emoji, `side` pixels large, that drifts over a still ground in one of eight directions.
 
-    Its label is the direction. The same emoji drift in every direction, those of the test set are none of the training
-    set's, and the canvas has no edge: what leaves on one side comes in on the other. So a single frame says nothing,
-    and all frames without their order cannot tell a direction from its opposite, for a clip shown backwards is as
-    likely as it is forwards: who reads no motion is right in a quarter of all cases at most. `meta["speed"]` is in
-    pixels.
+    It goes 1 or 2 pixels a frame (`meta["speed"]`), and its label is the direction. The same emoji drift in every
+    direction, those of the test set are none of the training set's, and the canvas has no edge: what leaves on one side
+    comes in on the other. So a single frame says nothing, and all frames without their order cannot tell a direction
+    from its opposite, for a clip shown backwards is as likely as it is forwards: who reads no motion is right in a
+    quarter of all cases at most.
     """
     emoji = openmoji()
     splits, counts = ("train", "test"), {"train": train, "test": test}
-    sprites = {split: _sprites(emoji.split(split), size // 2) for split in splits}
+    sprites = {split: _sprites(emoji.split(split), side) for split in splits}
     ids: list[str] = []
     clips: list[np.ndarray] = []
     labels: list[int] = []

@@ -3,7 +3,7 @@
 Hide tubes of a clip, places that stay hidden throughout, and predict what a slowly moving copy of the encoder, which
 sees the whole clip, makes of them. Since nothing beside a tube shows what moves inside it, motion must be understood.
 By choice the pixels of the tubes are predicted too, as in VideoMAE (arXiv 2203.12602), beside the copy's tokens as in
-BootMAE (arXiv 2207.07116): targets that no copy can forget.
+BootMAE (arXiv 2207.07116): targets that no copy can forget. By choice too, what comes later is hidden instead of tubes.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from twofold.models.tokens import ClipTokens, tubelets
 from twofold.objectives import latent_regression, masked_pixels, token_variance
 from twofold.runtime import gather
 from twofold.views import Policy
-from twofold.views.masks import taken, tubes
+from twofold.views.masks import ahead, taken, tubes
 
 SHORT = partial(tubes, blocks=8, scale=(0.15, 0.15))  # section 3.2: the clip is encoded once behind each of the masks
 LONG = partial(tubes, blocks=2, scale=(0.7, 0.7))
@@ -35,7 +35,8 @@ class VJEPA(Method):
     """`encoder` is a vision transformer of pictures, whose blocks clips of `frames` [b, t, c, h, w] start from.
 
     These are `stride` apart in the video, and all of a clip are seen alike. `momentum` rises to 1 in a line, `pixels`
-    weighs the error of the tubes' pixels.
+    weighs the error of what is hidden in pixels. With `future`, that share of a clip's time is predicted from all that
+    was before it, and no tubes are.
     """
 
     needs = ("video",)
@@ -49,17 +50,20 @@ class VJEPA(Method):
         predictor: Blocks = Blocks(12, 384, 12),  # noqa: B008 — frozen
         frames: int = 16,
         stride: int = 4,
-        tubelet: int = 2,
         momentum: float = 0.998,
         pixels: float = 0.0,
+        future: float = 0.0,
     ):
         super().__init__()
         if not 0 <= momentum < 1:
             raise UsageError(f"momentum starts in [0, 1) and rises to 1; got {momentum}.")
+        if not 0 <= future < 1:
+            raise UsageError(f"future is the share of a clip that is predicted, in [0, 1); 0 cuts tubes. Got {future}.")
         check_weight("pixels", pixels)
-        self.tokens = ClipTokens(encoder, frames=frames, tubelet=tubelet)
+        self.tokens = ClipTokens(encoder, frames=frames)
         self.picture, self.frames, self.stride = encoder.spec, frames, stride
         self.policies, self.momentum, self.pixels = policies, momentum, pixels
+        self.masks = (partial(ahead, share=future),) if future else (SHORT, LONG)
         painted = self.tokens.embed.in_features if pixels else 0  # beside a token, in one answer
         self.predictor = Predictor(predictor, dim=self.tokens.dim, out=self.tokens.dim + painted, grid=self.tokens.grid)
         self.target = Ema(self.tokens)
@@ -69,7 +73,7 @@ class VJEPA(Method):
         with torch.no_grad():
             h = self.target(x)
         losses, errors = [], []
-        for mask in (SHORT, LONG):
+        for mask in self.masks:
             keep, hidden = mask(len(x), self.tokens.grid, draw=draw).to(x.device)
             answers = self.predictor(self.tokens(x, keep), keep, hidden)
             losses.append(latent_regression(answers[..., : self.tokens.dim], taken(h, hidden), beta=0.0))

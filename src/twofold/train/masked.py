@@ -41,9 +41,8 @@ def predicted(method: Method, x: Any, *, seed: int = 0) -> Predicted | None:
             mask = method.mask(len(x), method.tokens.grid, draw=draw)
             return _latents(method, x, mask, method.tokens.grid)
         if isinstance(method, VJEPA):
-            from twofold.methods.vjepa import SHORT
-
-            return _latents(method, x, SHORT(len(x), method.tokens.grid, draw=draw), method.tokens.grid)
+            mask = method.masks[0](len(x), method.tokens.grid, draw=draw)
+            return _latents(method, x, mask, method.tokens.grid)
     return None
 
 

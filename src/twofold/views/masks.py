@@ -6,6 +6,7 @@ sample comes from noise that is drawn for the batch of all processes and does no
 size of blocks and the number of cells kept are common to the batch, for a tensor has one shape.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -115,6 +116,24 @@ def tubes(
     through = torch.arange(time, device=hidden.device)[:, None] * (space[0] * space[1])
     keep, hidden = ((columns[:, None] + through).flatten(1) for columns in (_members(seen, draw), hidden))
     return Masked(keep, hidden[:, None])
+
+
+def ahead(rows: int, grid: Sequence[int], *, share: float = 0.5, draw: torch.Generator) -> Masked:
+    """The last `share` of a clip's time is hidden whole, and all that was before it is seen.
+
+    Of V-JEPA's causal masks (arXiv 2404.08471, appendix; `max_temporal_keep` in its code) what is left where no tubes
+    are cut. `grid` is (time, height, width); int(time · (1 − share)) of its moments are seen, one at least. Nothing is
+    drawn.
+    """
+    time, *space = grid
+    if not 0 < share < 1 or time < 2:
+        raise UsageError(
+            f"What is yet to come is a share of two tubelets of time or more, between 0 and 1; "
+            f"got {share} of {time}. Take more frames."
+        )
+    cells = torch.arange(math.prod(grid), device=draw.device).expand(rows, -1)
+    seen = max(1, int(time * (1 - share))) * math.prod(space)
+    return Masked(cells[:, :seen], cells[:, None, seen:])
 
 
 def _size(
