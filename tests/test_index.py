@@ -1,5 +1,6 @@
 """An index holds what its source holds, embeds nothing twice, and survives kills, damage and changes of model."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from torch import nn
 
 import twofold.retrieve.snapshot as module
 from test_store import server
+from twofold.cli import main
 from twofold.data.samples import openmoji
 from twofold.data.sources import Source, open_source
 from twofold.errors import DataError, DecodeError, FingerprintMismatch, StoreError, UsageError
@@ -118,6 +120,18 @@ def state(folder: Path) -> dict[Path, int]:
     return {path: 0 if "chroma" in path.parts else path.stat().st_mtime_ns for path in files}
 
 
+def test_the_command_says_how_far_the_store_is(photos, bundle, out, capsys, monkeypatch):
+    bundle.save(model := out.with_name("model"))
+    monkeypatch.setattr(module, "TOLD", 3)
+    told: list[tuple[int, int]] = []
+    index(photos, model=model, out=out, filling=lambda *far: told.append(far))
+    assert told == [(0, 10), (3, 10), (6, 10), (9, 10), (10, 10)]
+    paint(photos / "red" / "new.png", 100)
+    assert main(["index", str(photos), "--model", str(model), "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"embed 1/1 · .* items/s · 0 s left\n  store 1/1 · .* rows/s · 0 s left", said)
+
+
 def test_a_second_build_does_nothing(photos, bundle, out):
     Index.build(open_source(photos), bundle, out)
     before = state(out)
@@ -194,7 +208,7 @@ KILLED = """
     import twofold.measure.embed as embedding
     from twofold.retrieve import index, snapshot
     photos, model, out, when = sys.argv[1:]
-    snapshot.CHUNK = embedding.BATCH = embedding.SHARD = 3
+    snapshot.CHUNK = snapshot.TOLD = embedding.BATCH = embedding.SHARD = 3
     from twofold.retrieve.store import ChromaStore
     upsert = ChromaStore.upsert
 

@@ -5,10 +5,12 @@ Needs Playwright and a Chromium on the PATH; without them these tests are skippe
 
 import base64
 import shutil
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import pytest
 
+from test_video import clip
+from twofold.data.sources import Column, Source
 from twofold.retrieve.feedback import Feedback
 from twofold.retrieve.index import Index
 
@@ -62,6 +64,26 @@ def served(tmp_path_factory, untrained, emoji, serving):
 
 
 @pytest.fixture(scope="module")
+def mixed(tmp_path_factory, untrained, emoji, serving):
+    """Emoji of which every third is a picture, a text or a clip, behind another server."""
+    root = tmp_path_factory.mktemp("mixed")
+    kinds = [number % 3 for number in range(len(emoji))]
+    source = Source(
+        "mixed",
+        emoji.ids,
+        images=[image if kind == 0 else b"" for kind, image in zip(kinds, emoji.images, strict=True)],
+        texts=[texts if kind == 1 else [] for kind, texts in zip(kinds, emoji.texts, strict=True)],
+        columns={"video": Column("video", [clip(n) if kind == 2 else b"" for n, kind in enumerate(kinds)])},
+        meta={"name": [texts[0] for texts in emoji.texts]},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TWOFOLD_CACHE", str(root / "cache"))
+        Index.build(source, untrained, root / "index", modality="image,text,video", texts="none")
+        with serving(root / "index") as address:
+            yield address
+
+
+@pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as running:
         opened = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
@@ -69,19 +91,25 @@ def browser():
         opened.close()
 
 
-@pytest.fixture
-def page(browser, served):
+@contextmanager
+def opened_page(browser, address: str):
     """The page, loaded; whatever its scripts complain of fails the test."""
     context = browser.new_context(viewport={"width": 1200, "height": 800}, bypass_csp=True)  # waiting evaluates
     context.set_default_timeout(60_000)
     opened, complaints = context.new_page(), []
     opened.on("pageerror", lambda error: complaints.append(str(error)))
     opened.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
-    opened.goto(served[0])
+    opened.goto(address)
     opened.wait_for_selector("#status:has-text('149 items')")
     yield opened
     context.close()
     assert complaints == []
+
+
+@pytest.fixture
+def page(browser, served):
+    with opened_page(browser, served[0]) as opened:
+        yield opened
 
 
 def ask(page, text: str) -> None:
@@ -280,3 +308,37 @@ def test_the_map_shows_the_collection_and_a_lasso_chooses(page):
     page.click("text=Show them")
     page.wait_for_function(f"document.querySelectorAll('button.hit').length === Math.min({part}, 48)")
     assert 0 < part < 149
+
+
+def test_pictures_texts_and_clips_stand_side_by_side(browser, mixed):
+    with opened_page(browser, mixed) as page:
+        ask(page, "a face")
+        kinds = page.locator("#results .space").all_text_contents()
+        assert kinds[:6] == ["image 1", "text 1", "video 1", "image 2", "text 2", "video 2"]
+        assert page.locator("#results li:nth-child(2) .shot.words").count() == 1
+        assert (
+            page.locator("#results li .sign").count() == 16
+            and page.locator("#results li:nth-child(3) .sign").count() == 1
+        )
+        page.wait_for_function("document.querySelector('li:nth-child(3) img').naturalWidth === 32")
+        page.click("button.hit >> nth=1")  # a text
+        page.wait_for_selector("#one[open]")
+        assert page.is_hidden("#one-picture") and page.inner_text("#one-none") == page.inner_text("#one-title")
+        page.keyboard.press("ArrowRight")  # a clip
+        page.wait_for_function("document.querySelector('#one-picture').naturalWidth === 32")
+        assert page.is_hidden("#one-none")
+        page.keyboard.press("ArrowLeft")
+        page.click("#one-add")  # a text as an example: a chip without a picture
+        page.wait_for_selector(".chip.plus")
+        assert page.locator(".chip.plus img").count() == 0
+        page.reload()  # by its id alone
+        page.wait_for_selector(".chip.plus")
+        page.wait_for_selector("#status:has-text(' ms')")
+        page.click("#filters-toggle")
+        page.check("input[value='modality=video']")
+        page.wait_for_function(
+            "[...document.querySelectorAll('#results li')].every((one) => one.querySelector('.sign'))"
+        )
+        page.click("#map-toggle")
+        page.wait_for_selector("#map-note:has-text('149 items')")
+        page.wait_for_function(PAINTED)

@@ -15,7 +15,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from twofold.data.sources import open_source
+from twofold.data.sources import Source, open_source
 from twofold.errors import DataError, StoreError, UsageError
 from twofold.measure.calibration import Calibration, direction
 from twofold.models.bundle import Bundle, annotate
@@ -116,6 +116,25 @@ def test_facts_say_what_can_be_asked(client):
     facts = client.get("/api/v1/facts").json()
     assert (facts["items"], facts["asks"], facts["writes"]) == (13, ["image", "text"], True)
     assert facts["columns"] == {"label": [["red", 7], ["blue", 6]]}
+
+
+def test_no_answer_holds_a_path_of_the_server(client, home, untrained, tmp_path):
+    answers = [
+        search(client, like=["red/03.jpg"], k=20),
+        client.get("/api/v1/item", params={"id": "red/05.jpg"}),
+        client.get("/api/v1/item", params={"id": "red/link.jpg"}),
+        client.post("/api/v1/items", json={}),
+        client.get("/api/v1/corrected"),
+    ]
+    assert not [answer.text for answer in answers if str(home) in answer.text]
+    assert answers[1].json()["meta"] == {"image": "red/05.jpg", "label": "red"}
+    assert answers[2].json()["meta"] == {"label": "red"}, "it leads out of the folder that was indexed"
+    picture = home / "photos" / "red" / "05.jpg"
+    meta = {"said": ["/shrug"], "from": [str(home / "elsewhere" / "secret.jpg")], "odd": ["/\0"]}
+    Index.build(Source(str(home / "photos"), ["a"], images=[picture], meta=meta), untrained, tmp_path / "index")
+    with TestClient(app(tmp_path / "index"), base_url="http://localhost") as other:
+        told = other.get("/api/v1/item", params={"id": "a"}).json()["meta"]
+    assert told == {"image": "red/05.jpg", "said": "/shrug", "odd": "/\0"}
 
 
 @pytest.mark.parametrize(
@@ -408,7 +427,8 @@ def test_the_page_and_its_parts_are_there_and_ask_for_nothing_elsewhere(client):
 
 def test_the_client_is_a_retriever(url, opened, home):
     with Client(url) as client:
-        assert client.search("a red square", k=4) == opened.search("a red square", k=4)
+        own = [hit._replace(meta={**hit.meta, "image": hit.id}) for hit in opened.search("a red square", k=4)]
+        assert client.search("a red square", k=4) == own  # with paths from the source's root
         assert client.search(image=home / "photos" / "red" / "05.jpg", k=1)[0].id == "red/05.jpg"
         assert client.item("red/05.jpg")["label"] == "red"
         client.judge("red/05.jpg", True, text="five")

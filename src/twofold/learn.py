@@ -40,6 +40,11 @@ def learn(
         names = sorted({id for one in questions for id in (*one.right, *one.wrong)})
         vectors = dict(zip(names, opened.store.vectors(names), strict=True))
         bundle, head = opened.bundle, opened.head
+    if len(head.modalities) > 1:
+        raise UsageError(
+            f"{index} holds {head.modality}; a model learns from hits of one modality. Index one alone, and have its "
+            "hits judged."
+        )
     source = pairs or _pairs(index, [bundle.meta.get("data"), head.source], head.modality)
     return learn_from(bundle, questions, vectors, source, modality=head.modality, out=out, lesson=lesson, quiet=quiet)
 

@@ -37,6 +37,15 @@ class Line:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def turn(self, what: str, *, unit: str) -> None:
+        """Go on with something else, with a rate of its own."""
+        if what != self._what:
+            self._what, self._unit = what, unit
+            self._first, self._start, self._tenth = 0, time.monotonic(), 0
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+                self._task = None
+
     def update(
         self, done: int, total: int, *, per_unit: float = 1.0, figures: Mapping[str, float] | None = None
     ) -> None:

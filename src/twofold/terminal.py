@@ -229,7 +229,8 @@ def hits_table(hits: Iterable[Hit]) -> Table:
         made.add_column(column, justify="right" if right else "left", no_wrap=column not in ("id", "what"))
     for hit in hits:
         promised = ["" if hit.probability is None else percent(hit.probability)] * sure
-        places = [" · ".join(f"{place.space} {place.rank}" for place in hit.spaces)] if placed else []
+        spaces = [place for place in hit.spaces if place.space != "items" or place is hit.spaces[0]]
+        places = [" · ".join(f"{place.space} {place.rank}" for place in spaces)] if placed else []
         words = Text(" ".join(described(hit).split()), no_wrap=True, overflow="ellipsis")
         made.add_row(*promised, f"{hit.score:.3f}", *places, Text(hit.id, overflow="fold"), words)
     return made

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,6 +13,7 @@ from twofold.cli.show import print_checked, print_corrected, print_json, print_s
 
 if TYPE_CHECKING:
     from twofold.data.sources import Source
+    from twofold.progress import Line
     from twofold.retrieve.engines import Kept
 
 Existing = Literal["keep", "prune", "replace"]
@@ -27,7 +29,7 @@ def index(
     out: Folder | None = None,
     existing: Existing = "keep",
     texts: Annotated[str | None, arg(metavar="EMBEDDER")] = None,
-    modality: Annotated[str | None, arg(metavar="COLUMN")] = None,
+    modality: Annotated[str | None, arg(metavar="COLUMN,…")] = None,
     part: Annotated[str | None, arg(metavar="I/N|auto")] = None,
     ray: Annotated[str | None, arg(metavar="ADDRESS")] = None,
     store: Annotated[str | None, arg(metavar="STORE")] = None,
@@ -51,6 +53,7 @@ def index(
       twofold index photos/ --model runs/b --out photos.index
       twofold index photos/ --model runs/b --out photos.index --existing prune
       twofold index captions.csv --model runs/b --out captions.index --modality text --texts gemini
+      twofold index things/ --model runs/b --out things.index --modality image,text,video
       twofold index photos/ --model runs/b --out photos.index --ray auto        # embeds on a Ray cluster
       srun -n 8 twofold index photos/ --model runs/b --out photos.index --part auto
       twofold index photos/ --model runs/b --out photos.index --store chroma:http://localhost:8000
@@ -65,7 +68,9 @@ def index(
         existing: items that the index has and the source has not: keep or prune them; replace begins anew
         texts: what embeds the items' texts into a space of their own: minilm, hf:/folder, gemini, gemini:1536 (asks
             Google and costs money), or none; an index goes on as it is, a new one takes minilm if there are texts
-        modality: the column whose vectors items are found by: image, text, speech, …; the first that the model knows
+        modality: what items are found by: a column, or several, image,text,video, of which each item takes the first
+            that it has; the default is what the model can embed and some item needs. Of a folder, several take all
+            files of these kinds. Clips of a model without a video tower are read by its picture tower
         part: embed this part of the source only, 0/8 to 7/8 or what torchrun and SLURM say (auto), and make no index:
             when all parts are done, the same command without --part makes it
         ray: embed on this Ray cluster: local, auto or ray://host:10001; machines share the folders
@@ -85,6 +90,7 @@ def index(
     from twofold.data.sources import open_source
     from twofold.errors import UsageError
     from twofold.progress import Line
+    from twofold.retrieve.modalities import kinds_of, named
 
     about = {"check": check, "repair": repair, "duplicates": duplicates, "corrected": corrected}
     chosen = [name for name, one in about.items() if one]
@@ -103,7 +109,8 @@ def index(
     elif source is None or model is None or out is None:
         raise UsageError("Three things are needed: `twofold index SOURCE --model MODEL --out INDEX`.")
     else:
-        opened = open_source(source, images=images, columns=assigned("columns", columns))
+        kinds = kinds_of(named(modality) or _held(out))
+        opened = open_source(source, images=images, columns=assigned("columns", columns), kinds=kinds)
         if part:
             _part(opened, model, out, part, existing, modality, on_error, json)
             return
@@ -124,6 +131,7 @@ def index(
                 texts=text_embedder(texts, say=_say) if texts not in (None, "none") else texts,
                 store=kept,
                 progress=line.update,
+                filling=partial(_filling, line),
             )
         if json:
             print_json(dataclasses.asdict(built))
@@ -189,6 +197,13 @@ def _on_ray(
         )  # fmt: skip
 
 
+def _held(out: Path) -> tuple[str, ...]:
+    """The modalities of an index that is there already."""
+    from twofold.retrieve.snapshot import read_head
+
+    return read_head(out).modalities if (out / "index.json").exists() else ()
+
+
 def _kept(store: str | None, hnsw: tuple[str, ...], out: Path) -> "Kept | None":
     """The store that is asked for; with settings alone, that of the index with these settings."""
     from twofold.errors import UsageError
@@ -203,6 +218,11 @@ def _kept(store: str | None, hnsw: tuple[str, ...], out: Path) -> "Kept | None":
         return Kept(store, {name: int(value) for name, value in assigned("hnsw", hnsw).items()})
     except ValueError:
         raise UsageError(f"--hnsw takes whole numbers, such as ef_search=200; got {' '.join(hnsw)}.") from None
+
+
+def _filling(line: "Line", done: int, total: int) -> None:
+    line.turn("store", unit="rows")
+    line.update(done, total)
 
 
 def _say(words: str) -> None:
@@ -223,7 +243,7 @@ def _repair(path: Path, json: bool) -> None:
     from twofold.retrieve.check import repair
 
     with Line("embed", unit="items", quiet=json) as line:
-        done = repair(path, progress=line.update)
+        done = repair(path, progress=line.update, filling=partial(_filling, line))
     if json:
         before, after = done.before.as_json(), done.after.as_json()
         print_json({"before": before, "embedded": done.embedded, "dropped": done.dropped, "after": after})

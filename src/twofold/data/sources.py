@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from twofold import runtime
-from twofold.data.tables import READERS, Columns, read_json
+from twofold.data.tables import READERS, Columns, read_json, read_text
 from twofold.data.video import Clip, Sheet, files_of, frame_names, shows
 from twofold.errors import DataError, UsageError, unknown
 
@@ -184,7 +184,11 @@ def content_key(content: bytes | str | np.ndarray) -> str:
 
 
 def open_source(
-    path: str | Path, *, images: str | Path | None = None, columns: Mapping[Modality, Kind | str | Path] | None = None
+    path: str | Path,
+    *,
+    images: str | Path | None = None,
+    columns: Mapping[Modality, Kind | str | Path] | None = None,
+    kinds: Sequence[Kind] = (),
 ) -> Source:
     """The items that a path stands for.
 
@@ -198,6 +202,9 @@ def open_source(
     "audio", "video", "vector"), or with a `.npy` file that has one vector for each row. A video that is a sheet of
     frames says in how many rows and columns: "video:4x4". Of a folder, {"video": "video"} says that GIFs and folders of
     frames are videos, {"video": "video:4x4"} that its pictures are sheets.
+
+    A folder is of one kind of files. Where several `kinds` are named, it is of all of them: each file is an item, with
+    one modality and the others blank. Of a .txt file the paragraphs are the texts.
     """
     if str(path) in ("openmoji", "motion") and not Path(path).exists():
         from twofold.data import samples
@@ -214,18 +221,20 @@ def open_source(
         )
     if images is not None and not Path(images).is_dir():
         raise DataError(f"There is no folder {images} to look for pictures in.")
-    kinds: dict[Modality, Kind] = {}
+    told: dict[Modality, Kind] = {}
     grids: dict[Modality, tuple[int, int]] = {}
     for modality, said in (columns or {}).items():
-        kinds[modality], grid = _kind(str(said))
+        told[modality], grid = _kind(str(said))
         if grid:
             grids[modality] = grid
     tables = _tables_of(path)
     if not tables:
-        if images is not None or (columns and [*kinds.values()] != ["video"]):
+        if images is not None or (columns and (len(kinds) > 1 or [*told.values()] != ["video"])):
             given = f"images={images}" if images is not None else f"columns={', '.join(columns or ())}"
             raise UsageError(f"{given} goes with a manifest; {path} is a folder of files.")
-        return _divided(_open_folder(path, next(iter(kinds), None), sheets=bool(grids)), grids)
+        if len(kinds) > 1:
+            return _open_folder_of(path, kinds)
+        return _divided(_open_folder(path, next(iter(told), None), sheets=bool(grids)), grids)
     beside = path if path.is_dir() else path.parent
     roots = [Path(images)] if images is not None else [beside, beside / "images"]
     names: tuple[str, ...] = ()
@@ -242,7 +251,7 @@ def open_source(
             if len(parts) > 1:
                 raise UsageError(f"{said} cannot be laid beside {len(parts)} tables; give the vectors as a column.")
             parts[0] = ({**parts[0][0], modality: _rows_of(Path(said), parts[0][0])}, *parts[0][1:])
-    return _divided(_assemble(str(path), parts, roots, names, kinds), grids)
+    return _divided(_assemble(str(path), parts, roots, names, told), grids)
 
 
 def _kind(said: str) -> tuple[Kind, tuple[int, int] | None]:
@@ -295,10 +304,10 @@ def _table_split(path: Path) -> str | None:
     return SPLITS.get(re.sub(r"-\d+-of-\d+$", "", path.stem))
 
 
-def _open_folder(root: Path, modality: Modality | None = None, *, sheets: bool = False) -> Source:
-    """The files below a folder; what is in it is said to be videos where `modality` names them."""
+def _files_below(root: Path) -> tuple[list[Path], list[Path]]:
+    """The files below a folder in their order, and the folders that hold frames; what is hidden is passed over."""
     files: list[Path] = []
-    frames: list[Path] = []  # folders of them
+    frames: list[Path] = []
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:  # links may go round in circles
@@ -310,6 +319,12 @@ def _open_folder(root: Path, modality: Modality | None = None, *, sheets: bool =
         files += here
         if frame_names(here) and Path(folder) != root:
             frames.append(Path(folder))
+    return files, frames
+
+
+def _open_folder(root: Path, modality: Modality | None = None, *, sheets: bool = False) -> Source:
+    """The files below a folder; what is in it is said to be videos where `modality` names them."""
+    files, frames = _files_below(root)
     pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if modality is not None:
         moving = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES | MAY_MOVE]
@@ -329,18 +344,59 @@ def _open_folder(root: Path, modality: Modality | None = None, *, sheets: bool =
             f"({' '.join(sorted(VIDEO_SUFFIXES | MAY_MOVE))}), sounds ({' '.join(sorted(AUDIO_SUFFIXES))}), nor tables "
             "such as train.csv."
         )
+    kinds: dict[Modality, Kind] = {modality: "video"} if modality is not None else {}
+    return _assemble(str(root), [({named: found} | _places(root, found), "", "")], [root], (), kinds)
+
+
+def _open_folder_of(root: Path, kinds: Sequence[Kind]) -> Source:
+    """The files of several kinds below a folder, each an item that has one of them."""
+    if unfit := [kind for kind in kinds if kind not in (*FILED, "text")]:
+        raise UsageError(f"No file of a folder is a {unfit[0]}; it may hold {', '.join((*FILED, 'text'))}.")
+    found: list[Path] = []
+    columns: dict[Modality, list] = {kind: [] for kind in kinds}
+    for file in _files_below(root)[0]:
+        own = _kind_of_file(file)
+        if own in columns:
+            found.append(file)
+            for kind, cells in columns.items():
+                cells.append("" if kind != own else _paragraphs(file) if kind == "text" else file)
+    if not found:
+        raise DataError(f"{root} holds no files of the kinds {', '.join(kinds)}.")
+    table: Columns = {kind: cells for kind, cells in columns.items() if any(cells)}
+    held: dict[Modality, Kind] = {kind: kind for kind in kinds if kind in table}
+    return _assemble(str(root), [(table | _places(root, found), "", "")], [root], (), held)
+
+
+def _kind_of_file(file: Path) -> Kind | None:
+    """What a file is by its name; of .webm the content tells."""
+    suffix = file.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    if suffix == ".txt":
+        return "text"
+    if suffix in VIDEO_SUFFIXES or (suffix in MAY_MOVE and shows(file)):
+        return "video"
+    return "audio" if suffix in AUDIO_SUFFIXES else None
+
+
+def _paragraphs(file: Path) -> list[str]:
+    """What blank lines divide, each on one line."""
+    return [" ".join(part.split()) for part in re.split(r"\n\s*\n", read_text(file)) if part.strip()]
+
+
+def _places(root: Path, found: Sequence[Path]) -> dict[str, Sequence]:
+    """What the places of files say: their ids, labels, and splits."""
     folders = [path.relative_to(root).parts[:-1] for path in found]
     split = all(parts and parts[0] in SPLITS for parts in folders)
     labels = [parts[split] if len(parts) > split else None for parts in folders]
-    columns: Columns = {
-        named: found,
+    columns: dict[str, Sequence] = {
         # A name that is not UTF-8 cannot be printed or stored as it is.
         "id": [path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode() for path in found],
         "label": labels,
     }
     if split:
         columns["split"] = [parts[0] for parts in folders]
-    return _assemble(str(root), [(columns, "", "")], [root], (), {modality: "video"} if modality is not None else {})
+    return columns
 
 
 # -- One door: columns become items -----------------------------------------------------------------------------------
@@ -366,7 +422,8 @@ def _assemble(
         )
     roles = {role: columns.pop(named) for role, aliases in ROLES.items() if (named := _named(columns, aliases))}
     cells = {modality: _cells(name, *column, roots) for modality, column in read.items()}
-    files = next((read[modality].cells for modality in cells if read[modality].kind in FILED), None)
+    filed = [read[modality].cells for modality in cells if read[modality].kind in FILED]
+    files = [next((cell for cell in own if _is_named(cell)), None) for own in zip(*filed, strict=True)]
     captioned = any(column.kind == "text" for column in read.values())
     single: dict[str, Sequence] = {
         **{modality: column.cells for modality, column in read.items() if column.kind != "text"},
@@ -421,6 +478,10 @@ def _assemble(
         },
         meta={column: [values[row] for row in first] for column, values in columns.items()},
     )
+
+
+def _is_named(cell: Any) -> bool:
+    return isinstance(cell, str | bytes | Path) and bool(cell)
 
 
 def _gathered(texts: Sequence[Sequence[str]], rows: Sequence[Sequence[int]], *, once: bool) -> list[list[str]]:

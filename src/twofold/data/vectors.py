@@ -8,8 +8,9 @@ import hashlib
 import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +18,24 @@ from twofold.data.atomic import write_atomically
 from twofold.errors import StoreError, UsageError
 
 BLOCK = 8192  # vectors looked at together
+
+
+class ByContent(Protocol):
+    """Vectors by content key, of one encoder (`Vectors`) or of several (`Joined`)."""
+
+    damaged: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def missing(self, keys: Sequence[str]) -> list[int]: ...
+
+    def get(self, keys: Sequence[str]) -> np.ndarray: ...
+
+    def broken(self, keys: Sequence[str]) -> list[str]: ...
+
+    def drop(self, keys: Sequence[str]) -> None: ...
 
 
 class Vectors:
@@ -183,6 +202,40 @@ class Vectors:
         name = f"{_digest(data)}.arrow"
         write_atomically(self.folder / name, lambda path: path.write_bytes(data))
         return name
+
+
+class Joined:
+    """The vectors of several encoders into one space, by modality. A key is one encoder's: contents differ in kind."""
+
+    def __init__(self, parts: Mapping[str, Vectors]):
+        self.parts = parts
+        self.damaged = [name for part in parts.values() for name in part.damaged]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts.values()))
+
+    def __contains__(self, key: str) -> bool:
+        return any(key in part for part in self.parts.values())
+
+    def missing(self, keys: Sequence[str]) -> list[int]:
+        left = [set(part.missing(keys)) for part in self.parts.values()]
+        return sorted(set.intersection(*left))
+
+    def get(self, keys: Sequence[str]) -> np.ndarray:
+        *others, last = self.parts.values()
+        rows = [next((part for part in others if key in part), last) for key in keys]
+        out = np.empty((len(keys), last.dim), np.float32)
+        for part in self.parts.values():
+            at = [row for row, own in enumerate(rows) if own is part]
+            out[at] = part.get([keys[row] for row in at])
+        return out
+
+    def broken(self, keys: Sequence[str]) -> list[str]:
+        return [key for part in self.parts.values() for key in part.broken(keys)]
+
+    def drop(self, keys: Sequence[str]) -> None:
+        for part in self.parts.values():
+            part.drop(keys)
 
 
 def _digest(data: object) -> str:

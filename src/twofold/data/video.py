@@ -22,6 +22,7 @@ PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", "
 
 LONGEST = 1024
 """Frames of a clip that are looked at, from its start: 40 seconds at 25 a second."""
+STILLS = 16  # frames that are kept while the one in the middle is looked for
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,27 @@ def watch(
     except UsageError:  # no PyAV
         raise
     except Exception as error:  # FFmpeg's errors of broken files are of a dozen kinds
+        raise DecodeError(name, why_not(clip, error, "video")) from error
+
+
+def still(clip: Clip, *, name: str = "") -> np.ndarray:
+    """The frame in the middle of a clip [h, w, c], nearly: a few are kept while it is read, never all of them."""
+    try:
+        kept, step, count = list[tuple[int, Raw]](), 1, 0
+        for frame in islice(_frames(clip), LONGEST):
+            if count % step == 0:
+                kept.append((count, frame))
+            if len(kept) > STILLS:
+                kept, step = kept[::2], 2 * step
+            count += 1
+        if not kept:
+            raise DecodeError("", "empty")
+        return decode(min(kept, key=lambda one: abs(2 * one[0] - count))[1], channels=None)
+    except DecodeError as error:
+        raise DecodeError(name, error.reason) from None
+    except UsageError:  # no PyAV
+        raise
+    except Exception as error:
         raise DecodeError(name, why_not(clip, error, "video")) from error
 
 

@@ -106,6 +106,7 @@ class Bundle:
         if len(widths) != 1:
             raise UsageError(f"The towers of a bundle share one space; these have {sorted(widths)} dimensions.")
         self.dim: int = widths.pop()
+        self.folder: Path | None = None  # that it was loaded from
         for name in heads:
             if name not in self.towers or not isinstance(self.towers[name].head, nn.Identity):
                 raise UsageError(f"A training head stands on a tower that has no head itself; {name!r} is none.")
@@ -267,6 +268,7 @@ class Bundle:
                 raise BundleError(f"{path} was written by twofold {record['twofold']}. Update twofold to read it.")
             towers = {name: _read_tower(found, name, about) for name, about in record["towers"].items()}
             bundle = cls(towers, record["meta"])
+            bundle.folder = given
             if heads:
                 kept = record.get("heads", {})
                 bundle.heads = {name: _read_head(found, name, towers[name], about) for name, about in kept.items()}

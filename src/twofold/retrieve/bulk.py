@@ -13,7 +13,7 @@ Machines share two folders: the index's and the data's. `Index.build` comes last
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 
 from twofold.data.decode import OnError, Skipped
 from twofold.data.sources import Modality, Source
-from twofold.data.vectors import Vectors
+from twofold.data.vectors import Joined
 from twofold.errors import UsageError
-from twofold.models.bundle import Bundle
-from twofold.retrieve.contents import embed_items
+from twofold.models.bundle import Bundle, Tower
+from twofold.retrieve.contents import contents_of, embed_items
 from twofold.retrieve.index import Existing, begun
-from twofold.retrieve.snapshot import Progress, claimed
+from twofold.retrieve.modalities import towers_of
+from twofold.retrieve.snapshot import Progress, claimed, item_vectors
 
 UNIT = 2048  # contents of a unit: one file of vectors, about a minute on two cores
 TRIES = 3  # of a unit whose process or machine was lost
@@ -64,7 +65,7 @@ def embed_part(
     part: Part,
     *,
     existing: Existing = "keep",
-    modality: Modality | None = None,
+    modality: Modality | Sequence[Modality] | None = None,
     on_error: OnError = "skip",
     progress: Progress | None = None,
 ) -> list[Skipped]:
@@ -76,9 +77,9 @@ def embed_part(
     the part's contents that have no vector yet.
     """
     with claimed(out, shared=True):
-        chosen, vectors = _space(source, bundle, out, modality, existing)
+        _, towers, vectors = _space(source, bundle, out, modality, existing)
         mine = source.take(range(part.number, len(source), part.of))
-        return embed_items(mine, bundle, chosen, vectors, on_error, progress)[1]
+        return embed_items(mine, towers, vectors, on_error, progress)[1]
 
 
 def embed_on_ray(
@@ -88,7 +89,7 @@ def embed_on_ray(
     *,
     address: str = "local",
     existing: Existing = "keep",
-    modality: Modality | None = None,
+    modality: Modality | Sequence[Modality] | None = None,
     on_error: OnError = "skip",
     unit: int = UNIT,
     progress: Progress | None = None,
@@ -105,8 +106,10 @@ def embed_on_ray(
         raise UsageError("Ray is not installed: pip install 'twofold[ray]'.") from error
     out, model = Path(out).resolve(), Path(model).resolve()
     with claimed(out, shared=True), _connected(ray, address):
-        chosen, vectors = _space(source, Bundle.load(model), out, modality, existing)
-        todo = vectors.missing(source.keys(chosen))
+        chosen, _, vectors = _space(source, Bundle.load(model), out, modality, existing)
+        contents = contents_of(source, chosen)
+        at = [i for i, content in enumerate(contents) if content is not None]  # the build names the others
+        todo = [at[n] for n in vectors.missing([contents[i].key for i in at])]  # type: ignore[union-attr]
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         work = ray.remote(_unit).options(num_cpus=1, num_gpus=gpus, max_retries=TRIES)
         held = ray.put(source)
@@ -137,20 +140,20 @@ def _unit(
     items: Sequence[int],
     model: Path,
     out: Path,
-    modality: Modality,
+    modalities: Sequence[Modality],
     existing: Existing,
     on_error: OnError,
 ) -> list[Skipped]:
-    _, vectors = _space(source, _loaded(model), out, modality, existing)
-    return embed_items(source.take(items), _loaded(model), modality, vectors, on_error, None)[1]
+    _, towers, vectors = _space(source, _loaded(model), out, modalities, existing)
+    return embed_items(source.take(items), towers, vectors, on_error, None)[1]
 
 
 def _space(
-    source: Source, bundle: Bundle, out: Path, modality: Modality | None, existing: Existing
-) -> tuple[Modality, Vectors]:
-    """The column that is embedded, and where its vectors are kept."""
+    source: Source, bundle: Bundle, out: Path, modality: Modality | Sequence[Modality] | None, existing: Existing
+) -> tuple[Sequence[Modality], Mapping[Modality, Tower], Joined]:
+    """The columns that are embedded, with what, and where their vectors are kept."""
     _, head = begun(source, bundle, out, modality, existing)
-    return head.modality, Vectors(out / "vectors", head.fingerprint, head.dim)
+    return head.modalities, towers_of(bundle, head.modalities, head.frames), item_vectors(out, head)
 
 
 @contextmanager

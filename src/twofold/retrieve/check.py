@@ -8,19 +8,22 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from twofold.data.sources import open_source
-from twofold.data.vectors import Vectors
+from twofold.data.vectors import ByContent
 from twofold.errors import StoreError, TwofoldError
 from twofold.models.bundle import Bundle
 from twofold.retrieve.index import Index
+from twofold.retrieve.modalities import fingerprint_of, kinds_of, towers_of
 from twofold.retrieve.snapshot import (
     CHUNK,
     Head,
     Progress,
+    item_vectors,
     open_store,
     read_head,
     read_items,
     rows_of,
     store_name,
+    vectors_of,
 )
 from twofold.retrieve.spaces import Row, Space
 
@@ -77,7 +80,7 @@ def check(path: str | Path, *, tried: int = 1000) -> Checked:
     """
     path = Path(path)
     head = read_head(path)
-    vectors = Vectors(path / "vectors", head.fingerprint, head.dim, aside=False)
+    vectors = item_vectors(path, head, aside=False)
     columns, findings = _model(path, head)
     findings += _found("files", vectors.damaged, "files of vectors are damaged; what only they hold is lost")
     try:
@@ -89,7 +92,7 @@ def check(path: str | Path, *, tried: int = 1000) -> Checked:
     findings += _found("gone", gone, "items name a file that is no longer there")
     for space in head.spaces:
         rows, them = rows_of(space, items), space.name
-        own = Vectors(path / "vectors", space.fingerprint, space.dim, aside=False)
+        own = vectors_of(path, head, space, aside=False)
         if space.name != "items":
             findings += _found("files", own.damaged, "files of vectors are damaged; what only they hold is lost", them)
         broken = set(own.broken([row.key for row in rows.values()]))
@@ -105,11 +108,11 @@ def check(path: str | Path, *, tried: int = 1000) -> Checked:
     return Checked(path, len(items), len(vectors), head.dim, head.fingerprint, findings)
 
 
-def repair(path: str | Path, *, progress: Progress | None = None) -> Repaired:
+def repair(path: str | Path, *, progress: Progress | None = None, filling: Progress | None = None) -> Repaired:
     """Mend what `check` finds: embed lost vectors again, drop items whose file is gone, make the store again.
 
     What an index was made from is opened only where something must come from there; where it cannot be, nothing is
-    dropped or changed, since a disk may just not be mounted.
+    dropped or changed, since a disk may just not be mounted. `progress` and `filling` are those of `Index.build`.
     """
     before = check(path)
     path, found = before.path, {one.what: one.ids for one in before.findings if one.space == "items"}
@@ -118,24 +121,33 @@ def repair(path: str | Path, *, progress: Progress | None = None) -> Repaired:
     head = read_head(path)
     if "model" in found:
         raise StoreError(
-            f"{path / 'model'} is missing, damaged or another one. Put the model back that made this index: `twofold "
-            f"index {head.source} --model MODEL --out {path}`; contents that have a vector are not embedded again."
+            f"{path / 'model'} is missing, damaged or another one. Put the model back that made this index: "
+            f"`twofold index {head.source} --model {_there(head.model)} --out {path}`; contents that have a vector are "
+            "not embedded again."
         )
     source = None
     if found.keys() & {"list", "lost", "broken", "gone"}:
         try:
-            source = open_source(head.source)
+            source = open_source(head.source, kinds=kinds_of(head.modalities))
         except (TwofoldError, OSError) as error:
             raise StoreError(
                 f"{path} cannot be mended without what it was made from, and nothing was changed: {error}"
             ) from error
     if source is not None and "list" in found:
         bundle = Bundle.load(path / "model")
-        built = Index.build(source, bundle, path, modality=head.modality, existing="replace", progress=progress)
+        built = Index.build(
+            source, bundle, path, modality=head.modalities, existing="replace", progress=progress, filling=filling
+        )
         return Repaired(before, built.embedded, [], check(path))
-    dropped = Index.rebuild(path, source=source, without=set(found.get("gone", ())), progress=progress)
+    gone = set(found.get("gone", ()))
+    dropped = Index.rebuild(path, source=source, without=gone, progress=progress, filling=filling)
     again = {*found.get("lost", ()), *found.get("broken", ())} - set(dropped)
     return Repaired(before, len(again), dropped, check(path))
+
+
+def _there(model: str) -> str:
+    """Where the model was, if it still is there."""
+    return model if model and Path(model).exists() else "MODEL"
 
 
 def _found(what: What, ids: Iterable[str], said: str, space: str = "items") -> list[Finding]:
@@ -147,11 +159,11 @@ def _model(path: Path, head: Head) -> tuple[set[str], list[Finding]]:
     """The columns that name an item's files, and what is wrong with the model."""
     try:
         bundle = Bundle.load(path / "model")
-        made = bundle.tower_fingerprint(head.modality)
-        kind = bundle.tower(head.modality).kind
+        towers = towers_of(bundle, head.modalities, head.frames)
     except (TwofoldError, OSError) as error:
         return {"image"}, [Finding("model", ["model"], str(error))]
-    columns = {"image"} if kind == "text" else {"image", head.modality}
+    columns = {"image", *(name for name, tower in towers.items() if tower.kind != "text")}
+    made = fingerprint_of({name: tower.fingerprint() for name, tower in towers.items()})
     if (made, bundle.dim) == (head.fingerprint, head.dim):
         return columns, []
     said = f"it is {made} [{bundle.dim}]; the vectors are of {head.fingerprint} [{head.dim}]"
@@ -163,7 +175,7 @@ def _is_gone(named: object) -> bool:
 
 
 def _store(
-    path: Path, head: Head, space: Space, rows: dict[str, Row], sound: dict[str, Row], vectors: Vectors, tried: int
+    path: Path, head: Head, space: Space, rows: dict[str, Row], sound: dict[str, Row], vectors: ByContent, tried: int
 ) -> list[Finding]:
     """What a space's store lacks, has too much, or holds otherwise than the list and the vectors say."""
     name, them = store_name(head, space), space.name

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from twofold.data.decode import DecodeError, Skipped, ahead, decode, fit
-from twofold.data.vectors import Vectors
+from twofold.data.vectors import Joined
 from twofold.mining.prints import perceptual_hashes
 from twofold.retrieve.contents import thumbnail_place
-from twofold.retrieve.snapshot import Item, Progress, read_head, read_items
+from twofold.retrieve.modalities import MODALITY
+from twofold.retrieve.snapshot import Item, Progress, item_vectors, read_head, read_items
 
 SIDE = 32  # pixels of what a print is taken of
 BITS = 6  # of 64 that two prints of one picture may differ in
@@ -38,13 +39,14 @@ def duplicates(
     """
     path = Path(index)
     head = read_head(path)
-    items = read_items(path, head)
+    items, several = read_items(path, head), len(head.modalities) > 1
     same: dict[str, list[str]] = {}
     for name in sorted(items):
         same.setdefault(items[name].key, []).append(name)
     firsts = [names[0] for names in same.values()]
+    kinds = np.array([str(items[name].meta.get(MODALITY)) if several else "" for name in firsts])
     prints = _prints(path, items, firsts, progress)
-    vectors = Vectors(path / "vectors", head.fingerprint, head.dim, aside=False)
+    vectors = item_vectors(path, head, aside=False)
     groups: list[list[Twin]] = []
     taken = np.zeros(len(firsts), bool)
     for start in range(0, len(firsts), BLOCK):
@@ -53,7 +55,7 @@ def duplicates(
             if taken[row]:
                 continue
             alike = np.flatnonzero((agree[row - start] >= 64 - 2 * bits).numpy() & ~taken)
-            alike = alike[alike > row]
+            alike = alike[(alike > row) & (kinds[alike] == kinds[row])]  # a clip is no twin of one of its frames
             group = [Twin(first, "first", 0, 1.0)]
             group += [Twin(other, "same", 0, 1.0) for other in same[items[first].key][1:]]
             for other, close in zip(alike, _cosines(vectors, items, first, [firsts[i] for i in alike]), strict=True):
@@ -85,7 +87,7 @@ def _prints(path: Path, items: dict[str, Item], names: list[str], progress: Prog
     return prints
 
 
-def _cosines(vectors: Vectors, items: dict[str, Item], first: str, others: list[str]) -> list[float]:
+def _cosines(vectors: Joined, items: dict[str, Item], first: str, others: list[str]) -> list[float]:
     if not others:
         return []
     rows = vectors.get([items[name].key for name in (first, *others)])

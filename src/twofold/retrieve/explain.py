@@ -1,6 +1,7 @@
 """How an index is searched, and how much that costs: its approximate answers beside exact ones."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from jaxtyping import Float
 
 from twofold.errors import StoreError
 from twofold.retrieve.index import Index
+from twofold.retrieve.modalities import MODALITY
 from twofold.retrieve.store import Hit
 
 QUERIES = 100
@@ -23,6 +25,8 @@ class Explained:
     items: int
     dim: int
     fingerprint: str
+    modalities: dict[str, int]  # how many items are found by each
+    frames: dict[str, int]  # of clips that the picture tower reads
     remedy: str | None  # what orders the hits of words anew
     texts: str | None  # the second space that words are asked in, and how the two answers become one
     asked_with: str  # what the measured queries are
@@ -37,12 +41,18 @@ class Explained:
         given = ", ".join(f"{name} {value}" for name, value in sorted(self.parameters.items()))
         return [
             f"{self.items:,} items, vectors [{self.dim}] of encoder {self.fingerprint}",
+            *([self._turns()] if len(self.modalities) > 1 else []),
             f"{self.store}" + (f": {given}" if given else ""),
             f"hits of words are ordered by {self.remedy}" if self.remedy else "scores are plain cosines",
             *([f"words are asked in {self.texts}, too"] if self.texts else []),
             f"recall@{self.k} {self.recall:.3f} against every vector, {self.queries} queries: {self.asked_with}",
             f"{self.milliseconds:.2f} ms a query; comparing with every vector {self.exact_milliseconds:.2f} ms",
         ]
+
+    def _turns(self) -> str:
+        read = {name: f" (by {count} frames)" for name, count in self.frames.items()}
+        counted = ", ".join(f"{count:,} {name}{read.get(name, '')}" for name, count in self.modalities.items())
+        return f"{counted}; hits come from each in turn"
 
 
 def explain(index: Index, *, queries: int = QUERIES, k: int = 10, seed: int = 0) -> Explained:
@@ -68,6 +78,8 @@ def explain(index: Index, *, queries: int = QUERIES, k: int = 10, seed: int = 0)
         items=len(index.store),
         dim=index.head.dim,
         fingerprint=index.head.fingerprint,
+        modalities=_counted(index),
+        frames=dict(index.head.frames),
         remedy=index.retriever.remedy.kind if index.retriever.remedy else None,
         texts=_texts(index),
         asked_with=asked_with,
@@ -77,6 +89,12 @@ def explain(index: Index, *, queries: int = QUERIES, k: int = 10, seed: int = 0)
         milliseconds=took,
         exact_milliseconds=slow,
     )
+
+
+def _counted(index: Index) -> dict[str, int]:
+    several = len(index.head.modalities) > 1
+    held = Counter(str(meta.get(MODALITY)) if several else index.head.modality for _, meta in index.items())
+    return {name: held[name] for name in index.head.modalities}
 
 
 def _texts(index: Index) -> str | None:

@@ -47,6 +47,11 @@ def fit_fusion(
     texts = index.retriever.texts
     if texts is None:
         raise DataError(f"{index.path} has no space of texts: `twofold index … --texts minilm` adds one.")
+    if len(index.head.modalities) > 1:
+        raise DataError(
+            f"{index.path} holds {index.head.modality}, whose hits come in turn and have no score of one kind: nothing "
+            "can be fitted. An index of one of them can."
+        )
     held = set(index.store.ids())
     asking = data.split(split)
     cells = asking.column(asking.only("text")).cells

@@ -19,7 +19,7 @@ import contextlib
 import json
 import shutil
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -33,12 +33,21 @@ from twofold.data.sources import Modality, Source, content_key, open_source
 from twofold.data.vectors import Vectors
 from twofold.errors import BundleError, DataError, FingerprintMismatch, StoreError, UsageError, unknown
 from twofold.measure.layout import layout
-from twofold.models.bundle import Bundle
+from twofold.models.bundle import Bundle, Tower
 from twofold.models.encoders import TextEncoder, fingerprint
 from twofold.retrieve.contents import embed_items, keep_thumbnails
 from twofold.retrieve.corrected import keep_answers
 from twofold.retrieve.engines import Kept
 from twofold.retrieve.fusion import FUSION, Fusion
+from twofold.retrieve.modalities import (
+    MODALITY,
+    embeddable,
+    fingerprint_of,
+    kinds_of,
+    named,
+    read_by_frames,
+    towers_of,
+)
 from twofold.retrieve.retriever import Picture, Retriever
 from twofold.retrieve.snapshot import (
     CHUNK,
@@ -49,6 +58,7 @@ from twofold.retrieve.snapshot import (
     exact_store,
     healthy,
     index_id,
+    item_vectors,
     mismatch,
     next_snapshot,
     now,
@@ -84,9 +94,20 @@ class Built:
 class Index:
     """An index opened for searching, to be used in a `with`; `Index.build` makes one or brings it up to date."""
 
-    def __init__(self, path: Path, head: Head, bundle: Bundle, store: Store, texts: TextSpace | None = None):
-        self.path, self.head, self.bundle, self.store = path, head, bundle, store
-        self.retriever = Retriever(bundle, store, texts=texts, fusion=_kept_fusion(path, head), columns=self.columns)
+    def __init__(
+        self,
+        path: Path,
+        head: Head,
+        bundle: Bundle,
+        store: Store,
+        texts: TextSpace | None = None,
+        *,
+        towers: Mapping[Modality, Tower],
+    ):
+        self.path, self.head, self.bundle, self.store, self.towers = path, head, bundle, store, towers
+        self.retriever = Retriever(
+            bundle, store, texts=texts, fusion=_kept_fusion(path, head), columns=self.columns, towers=towers
+        )
         self.search = self.retriever.search
         self._annotated = _annotated(path)
 
@@ -100,10 +121,12 @@ class Index:
         head = read_head(path)
         bundle = model if isinstance(model, Bundle) else Bundle.load(Path(model or path / "model"))
         while True:
-            if bundle.tower_fingerprint(head.modality) != head.fingerprint:
-                raise mismatch(path, head, bundle, "MODEL" if isinstance(model, Bundle | None) else str(model))
+            towers = towers_of(bundle, head.modalities, head.frames)
+            prints = {name: tower.fingerprint() for name, tower in towers.items()}
+            if prints != dict(head.prints):
+                raise mismatch(path, head, bundle, prints)
             try:
-                return _opened(path, head, bundle, exact=exact)
+                return _opened(path, head, bundle, towers, exact=exact)
             except StoreError as error:
                 if (now := read_head(path)) == head:
                     raise StoreError(
@@ -127,7 +150,12 @@ class Index:
         with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file) as kept:
             return kept["ids"].tolist(), kept["places"]
         ids = self.store.ids()
-        places = layout(self.store.vectors(ids)).astype(np.float32)
+        vectors = self.store.vectors(ids)
+        if len(self.head.modalities) > 1:  # else each would be an island of its own
+            kinds = np.array([meta.get(MODALITY) for meta in self.store.meta(ids)])
+            for kind in set(kinds):
+                vectors[kinds == kind] -= vectors[kinds == kind].mean(0)
+        places = layout(vectors).astype(np.float32)
         with contextlib.suppress(OSError):  # a full or read-only disk: laid out again the next time
             shutil.rmtree(file.parent, ignore_errors=True)
             write_atomically(file, lambda path: _save_map(path, ids, places))
@@ -152,7 +180,7 @@ class Index:
         items = read_items(self.path, self.head)
         lost = set(items) ^ set(self.store.ids())
         tried = [name for name in items if name not in lost][:: max(1, len(items) // limit)]
-        vectors = Vectors(self.path / "vectors", self.head.fingerprint, self.head.dim)
+        vectors = item_vectors(self.path, self.head)
         for name, vector in zip(tried, vectors.get([items[name].key for name in tried]), strict=True):
             hits = self.store.query(vector, 1)
             if not hits or hits[0].score < 1 - 1e-4:
@@ -177,19 +205,23 @@ class Index:
         bundle: Bundle,
         out: str | Path,
         *,
-        modality: Modality | None = None,
+        modality: Modality | Sequence[Modality] | None = None,
         on_error: OnError = "skip",
         existing: Existing = "keep",
         texts: str | TextEmbedder | None = None,
         store: Kept | None = None,
         progress: Progress | None = None,
+        filling: Progress | None = None,
     ) -> Built:
         """Make the index `out` of a source, or bring it up to date; only new contents are embedded.
 
         `existing` says what becomes of items that the index has and the source has not: they stay ("keep") or go
-        ("prune"). "replace" begins anew, which is the only way to another model. Items are found by their picture, or
-        by their texts where the source has no pictures or `modality` says so. After a kill, run it again: it goes on.
-        `progress(done, total)` counts the contents to embed, and then the texts.
+        ("prune"). "replace" begins anew, which is the only way to another model. After a kill, run it again: it goes
+        on. `progress(done, total)` counts the contents to embed, and then the texts; `filling` the rows of each store.
+
+        An item is found by the first of `modality` that it has: "image", or several, as a list or in a word,
+        "image,text,video". If nothing is said, an index goes on with its own, and a new one takes what the model can
+        embed and some item needs, texts last. Clips of a model without a video tower are read by its picture tower.
 
         `texts` embeds the items' texts into a space of their own, which answers words, too: a text embedder or its
         name, or "none". Without it, an index goes on as it is, and a new one takes "minilm" if its source has texts.
@@ -200,13 +232,13 @@ class Index:
             raise unknown("choice of existing", existing, ("keep", "prune", "replace"))
         with claimed(out):
             was, head = begun(source, bundle, out, modality, existing, store)
-            modality = head.modality
+            towers = towers_of(bundle, head.modalities, head.frames)
             kept = was if existing != "replace" else None
             embedder = _embedder(out, texts, kept, source)
             old = read_items(out, kept) if kept else {}
-            vectors = Vectors(out / "vectors", head.fingerprint, head.dim)
+            vectors = item_vectors(out, head)
             before = len(vectors)
-            found, skipped = embed_items(source, bundle, modality, vectors, on_error, progress)
+            found, skipped = embed_items(source, towers, vectors, on_error, progress)
             gone = [] if existing == "prune" else sorted(old.keys() - set(source.ids))
             absent = {name: old[name] for name in gone if old[name].key in vectors}
             lost = [name for name in gone if name not in absent]
@@ -227,7 +259,7 @@ class Index:
             if was and new == old and (head.texts, head.store) == (was.texts, was.store) and healthy(out, was, old):
                 head = replace(head, snapshot=was.snapshot, built=was.built)
             else:
-                write_snapshot(out, head, new, was, old)
+                write_snapshot(out, head, new, was, old, filling)
             keep_thumbnails(out, source, found, old)
             publish(out, head, bundle, was)
         return Built(
@@ -250,6 +282,7 @@ class Index:
         without: Collection[str] = (),
         store: Kept | None = None,
         progress: Progress | None = None,
+        filling: Progress | None = None,
     ) -> list[str]:
         """Make the store of an index again from its vectors, `without` some items; the ids that it lost.
 
@@ -263,7 +296,7 @@ class Index:
             head = read_head(path)
             held = read_items(path, head)
             items = {name: item for name, item in held.items() if name not in without}
-            vectors = Vectors(path / "vectors", head.fingerprint, head.dim)
+            vectors = item_vectors(path, head)
             vectors.drop(vectors.broken([item.key for item in items.values()]))
             lost = [name for name, item in items.items() if item.key not in vectors]
             if lost and source is None:
@@ -274,8 +307,8 @@ class Index:
             if lost and source is not None:
                 at = {name: i for i, name in enumerate(source.ids)}
                 again = source.take(at[name] for name in lost if name in at)
-                bundle = Bundle.load(path / "model")
-                items |= embed_items(again, bundle, head.modality, vectors, "skip", progress)[0]
+                towers = towers_of(Bundle.load(path / "model"), head.modalities, head.frames)
+                items |= embed_items(again, towers, vectors, "skip", progress)[0]
                 items = {name: item for name, item in items.items() if item.key in vectors}
             if not items:
                 raise StoreError(f"Nothing of {path} would be left. Delete it, or bring back {head.source}.")
@@ -286,7 +319,7 @@ class Index:
                 if kept_texts.missing([content_key(text) for text in _all_texts(items)]):
                     _embed_texts(path, _embedder(path, None, head, None), items, progress)
                 new = replace(new, texts=replace(head.texts, rows=sum(len(item.texts) for item in items.values())))
-            write_snapshot(path, new, items, None, {})
+            write_snapshot(path, new, items, None, {}, filling)
             publish(path, new, None, head)
         return sorted(held.keys() - items.keys())
 
@@ -299,12 +332,13 @@ def index(
     on_error: OnError = "skip",
     existing: Existing = "keep",
     texts: str | TextEmbedder | None = None,
-    modality: Modality | None = None,
+    modality: Modality | Sequence[Modality] | None = None,
     store: Kept | None = None,
     progress: Progress | None = None,
+    filling: Progress | None = None,
 ) -> Built:
     """Make a folder searchable, or bring its index up to date: `Index.build` by the names of things."""
-    opened = source if isinstance(source, Source) else open_source(source)
+    opened = source if isinstance(source, Source) else open_source(source, kinds=kinds_of(named(modality)))
     bundle = model if isinstance(model, Bundle) else Bundle.load(Path(model))
     return Index.build(
         opened,
@@ -316,6 +350,7 @@ def index(
         texts=texts,
         store=store,
         progress=progress,
+        filling=filling,
     )
 
 
@@ -332,12 +367,6 @@ def search(
     """Open an index and search it once (see `Retriever.search`); for several searches keep an `Index` open."""
     with Index.open(index) as opened:
         return opened.search(text, image=image, like=like, minus=minus, k=k, where=where)
-
-
-def _first(source: Source, bundle: Bundle) -> Modality:
-    """The source's first column that the bundle has a tower for."""
-    first = next(iter(source.modalities), "image")  # which the bundle will say that it has no tower for
-    return next((name for name in source.modalities if name in bundle.towers), first)
 
 
 def _save_map(path: Path, ids: list[str], places: Float[np.ndarray, "n 2"]) -> None:
@@ -420,48 +449,74 @@ def _annotated(path: Path) -> list[int]:
 
 
 def begun(
-    source: Source, bundle: Bundle, path: Path, modality: Modality | None, existing: Existing, store: Kept | None = None
+    source: Source,
+    bundle: Bundle,
+    path: Path,
+    modality: Modality | Sequence[Modality] | None,
+    existing: Existing,
+    store: Kept | None = None,
 ) -> tuple[Head | None, Head]:
     """What index.json says, if there is an index, and what it shall say; refuses another model's vectors among its own.
 
-    Items go by the column `modality`, by that of the index, or by the source's first that the bundle has a tower for.
+    Items go by `modality`, by that of the index, or by what the bundle can embed of the source.
     """
     was = read_head(path) if (path / "index.json").exists() else None
-    head = _new_head(source, bundle, modality or (was.modality if was else _first(source, bundle)), was, store)
+    modalities = named(modality) or (was.modalities if was else embeddable(source, bundle))
+    head = _new_head(source, bundle, modalities, was, store)
     if was and existing != "replace":
         if was.modality != head.modality:
-            raise UsageError(f"{path} is an index of {was.modality}s; make that of {head.modality}s in another folder.")
+            raise UsageError(
+                f"{path} is an index of {_plural(was)}, not of {_plural(head)}. Make that in another folder, or "
+                "make this one again with --existing replace: what has a vector is not embedded again."
+            )
         if was.fingerprint != head.fingerprint:
-            raise mismatch(path, was, bundle, "MODEL")
+            raise mismatch(path, was, bundle, head.prints)
     return was, head
 
 
-def _new_head(source: Source, bundle: Bundle, modality: Modality, was: Head | None, store: Kept | None) -> Head:
+def _plural(head: Head) -> str:
+    return " and ".join(f"{name}s" for name in head.modalities)
+
+
+def _new_head(
+    source: Source, bundle: Bundle, modalities: Sequence[Modality], was: Head | None, store: Kept | None
+) -> Head:
+    frames = read_by_frames(source, bundle, modalities, was.frames if was else {})
+    towers = towers_of(bundle, modalities, frames)
+    prints = {name: tower.fingerprint() for name, tower in towers.items()}
+    if len(prints) > 1 and MODALITY in source.meta:
+        raise DataError(
+            f"{source.name} has a column {MODALITY!r}, in which an index of {', '.join(modalities)} says by what an "
+            "item is found: call it something else."
+        )
     return Head(
-        fingerprint=bundle.tower_fingerprint(modality),
+        fingerprint=fingerprint_of(prints),
         bundle=bundle.fingerprint,
-        modality=modality,
+        modality=",".join(modalities),
         dim=bundle.dim,
         snapshot=next_snapshot(was),
         source=source.name,
         built=now(),
         store=store or (was.store if was else Kept()),
         id=index_id(was),
+        towers=prints if len(prints) > 1 else {},
+        frames=frames,
+        model=str(bundle.folder.resolve()) if bundle.folder else "",
     )
 
 
-def _opened(path: Path, head: Head, bundle: Bundle, *, exact: bool) -> Index:
+def _opened(path: Path, head: Head, bundle: Bundle, towers: Mapping[Modality, Tower], *, exact: bool) -> Index:
     """An index with the stores of its spaces."""
     items = read_items(path, head) if exact else {}
     with contextlib.ExitStack() as undo:
         stores: list[Store] = []
         for space in head.spaces:
-            stores.append(exact_store(path, space, items) if exact else open_store(path, head, space))
+            stores.append(exact_store(path, head, space, items) if exact else open_store(path, head, space))
             undo.callback(stores[-1].close)
         texts = None
         if head.texts is not None:
             texts = TextSpace(stores[1], lambda: _asked_by(head.texts, bundle), items=len(stores[0]))
-        opened = Index(path, head, bundle, stores[0], texts)
+        opened = Index(path, head, bundle, stores[0], texts, towers=towers)
         undo.pop_all()
     return opened
 

@@ -1,7 +1,7 @@
 """Search with words, a picture, an item, or several of them together."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -9,12 +9,14 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from twofold.data.sources import Modality
 from twofold.errors import FingerprintMismatch, UsageError, unknown
 from twofold.measure.calibration import Calibration
 from twofold.measure.hubness import Remedy
-from twofold.models.bundle import Bundle
+from twofold.models.bundle import Bundle, Tower
 from twofold.retrieve.filters import columns_of, compiled
-from twofold.retrieve.fusion import FUSION, Fusion
+from twofold.retrieve.fusion import FUSION, Fusion, K
+from twofold.retrieve.modalities import MODALITY, fingerprint_of
 from twofold.retrieve.spaces import TextSpace
 from twofold.retrieve.store import VIAS, Hit, Place, Store, Via, Where
 
@@ -48,6 +50,11 @@ class Retriever:
 
     With `texts`, words are also compared with the items' texts, and `fusion` makes one answer of the two; it has
     probabilities if the fusion is calibrated itself. `columns` tells the names that a filter may use.
+
+    `towers` are those of the items, where these are not the bundle's own, or are of several modalities. Each modality
+    (the column `modality`) then answers for itself, and the hits come from them in turn (`in_turn`): a picture is never
+    as near to words as a text is, and would not be seen. Scores of two modalities cannot be compared, so such hits have
+    no probabilities, and no remedy orders them.
     """
 
     def __init__(
@@ -59,15 +66,19 @@ class Retriever:
         texts: TextSpace | None = None,
         fusion: Fusion = FUSION,
         columns: Callable[[], Collection[str]] | None = None,
+        towers: Mapping[Modality, Tower] | None = None,
     ):
-        held = next((name for name in bundle.towers if store.fingerprint == bundle.tower_fingerprint(name)), None)
-        if held is None:
+        given = bundle.towers if towers is None else towers
+        self.modalities = tuple(towers or ()) if towers is not None and len(towers) > 1 else ()
+        prints = {name: tower.fingerprint() for name, tower in given.items()}
+        held = next((name for name, mark in prints.items() if store.fingerprint == mark), None)
+        if held is None and not (self.modalities and fingerprint_of(prints) == store.fingerprint):
             raise FingerprintMismatch(
                 f"The store holds vectors of encoder {store.fingerprint}, which is no tower of this bundle: "
                 "a score between the two would mean nothing. Use the bundle that filled the store."
             )
         self.bundle, self.store, self.texts, self.fusion, self._columns = bundle, store, texts, fusion, columns
-        calibration = Calibration.of(bundle, "text", held)
+        calibration = None if held is None else Calibration.of(bundle, "text", held)
         kept = None if calibration is None else calibration.remedy
         self.remedy = kept if remedy == "kept" else remedy
         self.calibration = calibration if self.remedy is kept else None
@@ -119,7 +130,7 @@ class Retriever:
         count = offset + k
         if spread or distinct is not None:
             count = max(POOL, 5 * count)
-        hits = self._answer(asked, count, where, via)
+        hits = self._of_all(asked, count, where, via) if self.modalities else self._answer(asked, count, where, via)
         if where and not hits:
             self._check_columns(where)
         if distinct is not None:
@@ -132,6 +143,16 @@ class Retriever:
         for column in sorted(columns_of(compiled(where))):
             if known and column not in known:
                 raise unknown("column to filter by", column, known)
+
+    def _of_all(self, asked: _Asked, count: int, where: Where | None, via: Via) -> list[Hit]:
+        """What each modality answers, in turn; as it is where only one has an answer."""
+        answers = {}
+        for name in self.modalities:
+            own: Where = {MODALITY: name}
+            hits = self._answer(asked, count, {"$and": [where, own]} if where else own, via)
+            if hits:
+                answers[name] = hits[:count]
+        return in_turn(answers)[:count] if len(answers) > 1 else next(iter(answers.values()), [])
 
     def _answer(self, asked: _Asked, count: int, where: Where | None, via: Via) -> list[Hit]:
         """What the spaces that are to be asked find."""
@@ -251,6 +272,21 @@ class Retriever:
     def _picture(self, image: Picture) -> Float[np.ndarray, "d"]:
         self.bundle.tower("image")
         return self.bundle.encode([Path(image) if isinstance(image, str) else image])[0]
+
+
+def in_turn(answers: Mapping[Modality, list[Hit]]) -> list[Hit]:
+    """The hits of several modalities as one list: the best of each, then the second of each, in their order.
+
+    It is reciprocal rank fusion (see `Fusion`) of lists that have nothing in common: a score is (1 + K)/(K + rank), a
+    little less for a later modality, and only an order. What a hit scored in its own answer stands first in `spaces`.
+    """
+    turned = []
+    for turn, (name, hits) in enumerate(answers.items()):
+        for rank, hit in enumerate(hits, 1):
+            score = round((1 + K) / (K + rank + turn / len(answers)), 6)
+            places = (Place(name, rank, hit.score), *hit.spaces)
+            turned.append((rank, turn, Hit(hit.id, score, hit.meta, None, places)))
+    return [hit for _, _, hit in sorted(turned, key=lambda one: one[:2])]
 
 
 def _unit(vector: Float[np.ndarray, "d"]) -> Float[np.ndarray, "d"]:

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from twofold.data.atomic import write_atomically
 from twofold.data.sources import Modality
-from twofold.data.vectors import Vectors
+from twofold.data.vectors import ByContent, Joined, Vectors
 from twofold.errors import FingerprintMismatch, StoreError
 from twofold.models.bundle import Bundle, kept_meta
 from twofold.retrieve.engines import Engine, Kept, engine
@@ -27,6 +27,7 @@ from twofold.retrieve.spaces import Row, Space, text_rows
 from twofold.retrieve.store import Claim, ExactStore, Scalar, Store
 
 CHUNK = 8192  # items whose vectors are in memory at once
+TOLD = 1024  # rows that a store takes between two words on how far it is
 ENTRIES = {
     *("index.json", "model", "vectors", "items", "chroma", "exact", "thumbs", "map", "twofold.lock"),
     *("feedback.jsonl", "corrected.json", "fusion.json"),
@@ -39,9 +40,9 @@ Progress = Callable[[int, int], None]
 class Head:
     """What index.json says."""
 
-    fingerprint: str  # of the tower that made the vectors
+    fingerprint: str  # of what made the vectors: a tower, or several
     bundle: str  # the fingerprint of the bundle with all its towers
-    modality: Modality
+    modality: Modality  # "image"; of several, in their order, "image,text,video"
     dim: int
     snapshot: str
     source: str  # what the index was made from, for messages
@@ -50,6 +51,18 @@ class Head:
     texts: Space | None = None  # of the items' texts, where there is one
     store: Kept = field(default_factory=Kept)  # what answers searches
     id: str = ""  # by which its stores are told from others on a server
+    towers: Mapping[Modality, str] = field(default_factory=dict, hash=False)  # the fingerprint of each of several
+    frames: Mapping[Modality, int] = field(default_factory=dict, hash=False)  # of clips that the picture tower reads
+    model: str = ""  # where the bundle was loaded from, for messages
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        return tuple(self.modality.split(","))
+
+    @property
+    def prints(self) -> Mapping[Modality, str]:
+        """The fingerprint of the tower of each modality."""
+        return self.towers or {self.modality: self.fingerprint}
 
     @property
     def spaces(self) -> list[Space]:
@@ -177,10 +190,23 @@ def open_store(path: Path, head: Head, space: Space, *, write: bool = False) -> 
     return engine_of(path, head).open(name, fingerprint=space.fingerprint, dim=space.dim, write=write)
 
 
-def exact_store(path: Path, space: Space, items: dict[str, Item]) -> ExactStore:
+def item_vectors(path: Path, head: Head, *, aside: bool = True) -> Joined:
+    """The vectors that items are found by."""
+    parts = {name: Vectors(path / "vectors", mark, head.dim, aside=aside) for name, mark in head.prints.items()}
+    return Joined(parts)
+
+
+def vectors_of(path: Path, head: Head, space: Space, *, aside: bool = True) -> ByContent:
+    """The vectors of a space."""
+    if space.name == "items":
+        return item_vectors(path, head, aside=aside)
+    return Vectors(path / "vectors", space.fingerprint, space.dim, aside=aside)
+
+
+def exact_store(path: Path, head: Head, space: Space, items: dict[str, Item]) -> ExactStore:
     rows = rows_of(space, items)
     store = ExactStore(fingerprint=space.fingerprint, dim=space.dim)
-    vectors = Vectors(path / "vectors", space.fingerprint, space.dim)
+    vectors = vectors_of(path, head, space)
     store.upsert(list(rows), vectors.get([row.key for row in rows.values()]), [row.meta for row in rows.values()])
     return store
 
@@ -196,8 +222,18 @@ def healthy(path: Path, head: Head, items: dict[str, Item]) -> bool:
     return True
 
 
-def write_snapshot(path: Path, head: Head, items: dict[str, Item], was: Head | None, old: dict[str, Item]) -> None:
-    """Write the stores and the list of `items`: what changed in a copy of the old stores, or all in new ones."""
+def write_snapshot(
+    path: Path,
+    head: Head,
+    items: dict[str, Item],
+    was: Head | None,
+    old: dict[str, Item],
+    progress: Progress | None = None,
+) -> None:
+    """Write the stores and the list of `items`: what changed in a copy of the old stores, or all in new ones.
+
+    `progress(done, total)` counts the rows that a store takes, from 0 for each.
+    """
     # Chroma only marks what is deleted or replaced; past a half, a new store is smaller and finds better.
     same = sum(old.get(name) == item for name, item in items.items())
     if was is None or 2 * same < len(old):
@@ -205,7 +241,7 @@ def write_snapshot(path: Path, head: Head, items: dict[str, Item], was: Head | N
     for space in head.spaces:
         stores, name = engine_of(path, head), store_name(head, space)
         stores.drop(name)  # of a build that was killed
-        vectors = Vectors(path / "vectors", space.fingerprint, space.dim)
+        vectors = vectors_of(path, head, space)
         rows, held = rows_of(space, items), {}
         if (
             old
@@ -217,24 +253,36 @@ def write_snapshot(path: Path, head: Head, items: dict[str, Item], was: Head | N
             if held and was is not None and not (was.store == head.store and stores.copy(store_name(was, space), name)):
                 held = {}
                 stores.drop(name)
-            _fill(path, head, space, rows, vectors, held)
+            _fill(path, head, space, rows, vectors, held, progress)
         except (StoreError, OSError, sqlite3.Error):
             if not held:
                 raise
             stores.drop(name)  # a copy of something damaged
-            _fill(path, head, space, rows, vectors, {})
+            _fill(path, head, space, rows, vectors, {}, progress)
     write_atomically(_items_file(path, head), lambda file: _write_items(file, items))
 
 
-def _fill(path: Path, head: Head, space: Space, rows: dict[str, Row], vectors: Vectors, old: dict[str, Row]) -> None:
+def _fill(
+    path: Path,
+    head: Head,
+    space: Space,
+    rows: dict[str, Row],
+    vectors: ByContent,
+    old: dict[str, Row],
+    progress: Progress | None,
+) -> None:
     with contextlib.closing(open_store(path, head, space, write=True)) as store:
         if store.ids() != sorted(old):
             raise StoreError(f"The store {store_name(head, space)} does not hold the items that it should.")
         store.delete([name for name in old if name not in rows])
         todo = [name for name, row in rows.items() if old.get(name) != row]
-        for start in range(0, len(todo), CHUNK):
-            names = todo[start : start + CHUNK]
+        for start in range(0, len(todo), TOLD):
+            if progress is not None:
+                progress(start, len(todo))
+            names = todo[start : start + TOLD]
             store.upsert(names, vectors.get([rows[n].key for n in names]), [rows[n].meta for n in names])
+        if progress is not None and todo:
+            progress(len(todo), len(todo))
 
 
 def publish(path: Path, head: Head, bundle: Bundle | None, was: Head | None) -> None:
@@ -253,15 +301,16 @@ def publish(path: Path, head: Head, bundle: Bundle | None, was: Head | None) -> 
     for file in (path / "items").glob("*.jsonl"):
         if file.stem not in (head.snapshot, *kept):
             file.unlink(missing_ok=True)
-    prints = {space.fingerprint for space in head.spaces}
+    prints = {*head.prints.values(), *([head.texts.fingerprint] if head.texts else [])}
     for folder in (path / "vectors").iterdir():
         if folder.name not in prints:
             shutil.rmtree(folder)
 
 
-def mismatch(path: Path, head: Head, bundle: Bundle, model: str) -> FingerprintMismatch:
+def mismatch(path: Path, head: Head, bundle: Bundle, prints: Mapping[Modality, str]) -> FingerprintMismatch:
+    other = [name for name, mark in head.prints.items() if prints.get(name) != mark]
+    told = "; ".join(f"{head.prints[name]} ({name}), this model's is {prints.get(name, 'missing')}" for name in other)
     return FingerprintMismatch(
-        f"{path} was made by the encoder {head.fingerprint}; this model's {head.modality} tower is "
-        f"{bundle.tower_fingerprint(head.modality)}. Search with the model that made it, or make it again: "
-        f"`twofold index {head.source} --model {model} --out {path} --existing replace`."
+        f"{path} was made by the encoder {told}. Search with the model that made it, or make it again: "
+        f"`twofold index {head.source} --model {bundle.folder or 'MODEL'} --out {path} --existing replace`."
     )

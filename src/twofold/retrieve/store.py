@@ -32,7 +32,7 @@ VIAS: tuple[Via, ...] = ("both", "items", "texts")
 class Place(NamedTuple):
     """Where one space of an index has an item in its own answer: its rank, from 1, and its score there."""
 
-    space: str  # "items" or "texts"
+    space: str  # "items" or "texts"; of an index of several modalities also the item's own, such as "image"
     rank: int
     score: float
     text: str | None = None  # the item's text that was nearest, in the space of texts

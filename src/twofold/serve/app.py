@@ -110,9 +110,9 @@ class Item(BaseModel):
 
 
 class FoundIn(BaseModel):
-    """Where one space of the index has a hit in its own answer."""
+    """Where one space of the index, or one of its modalities, has a hit in its own answer."""
 
-    space: Literal["items", "texts"]
+    space: str = Field(description="items or texts; of an index of several modalities also the item's own")
     rank: int = Field(description="from 1")
     score: float = Field(description="the cosine in that space, −1..1, or what a remedy made of it")
     text: str | None = Field(None, description="which of the item's texts was nearest, in the space of texts")
@@ -150,6 +150,9 @@ class Facts(BaseModel):
 
     items: int
     modality: str
+    modalities: dict[str, str] = Field(
+        description="by what items are found, and its kind; of several, the column `modality` tells an item's"
+    )
     asks: list[str] = Field(description="what one may look with: text, image")
     fingerprint: str
     spaces: list[SpaceFacts]
@@ -162,11 +165,12 @@ class Facts(BaseModel):
 
 
 class Plane(BaseModel):
-    """One entry an item in each list; x and y are 0..1."""
+    """One entry an item in `ids`, `x` and `y`, which are 0..1."""
 
     ids: list[str]
     x: list[float]
     y: list[float]
+    words: list[str] = Field([], description="ids of items that have words and no picture to show")
 
 
 class Said(BaseModel):
@@ -328,6 +332,7 @@ def app(
         return Facts(
             items=len(opened.store),
             modality=opened.head.modality,
+            modalities={name: tower.kind for name, tower in opened.towers.items()},
             asks=sorted({*opened.bundle.towers, *(["text"] if texts else [])}),
             spaces=[
                 SpaceFacts(**{**asdict(space), "rows": rows})
@@ -395,7 +400,8 @@ def app(
     async def plane() -> Plane:
         """Where each item lies on a plane on which near ones are alike."""
         ids, places = await compute(service.plane, wait=MAP_SECONDS)
-        return Plane(ids=ids, x=places[:, 0].tolist(), y=places[:, 1].tolist())
+        words = await compute(service.words)
+        return Plane(ids=ids, x=places[:, 0].tolist(), y=places[:, 1].tolist(), words=words)
 
     # -- watching -----------------------------------------------------------------------------------------------------
 

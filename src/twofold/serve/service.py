@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from twofold.data.decode import Raw, area, thumbnail
+from twofold.data.sources import FILED
 from twofold.errors import BundleError, DecodeError, EmbedderError, StoreError
 from twofold.retrieve.contents import THUMBNAIL, keep_thumbnail, thumbnail_place
 from twofold.retrieve.corrected import Corrected, corrected
 from twofold.retrieve.feedback import Click, Feedback
 from twofold.retrieve.filters import compiled, matches
 from twofold.retrieve.index import Index
+from twofold.retrieve.modalities import MODALITY
 from twofold.retrieve.part import Part
 from twofold.retrieve.retriever import Retriever
 from twofold.retrieve.store import Hit, Where
@@ -61,6 +63,8 @@ class Service:
         home = [source if source.is_dir() else source.parent] if source.exists() else []
         given = [Path(root) for root in roots] or home
         self.roots = [root.resolve() for root in given]
+        towers = self.opened.towers.items()
+        self._files = {*FILED, *(name for name, tower in towers if tower.kind != "text")}  # columns that name files
         self._columns: tuple[str, list[Column]] | None = None
         self._chosen: tuple[Index, frozenset[str], Retriever] | None = None
         self._corrected: tuple[tuple[str, int], list[Corrected]] | None = None
@@ -106,7 +110,8 @@ class Service:
                     raise
                 hits = asked.search(image=image, where=where, **{**wanted, "via": "items"})
                 notes = [f"The texts could not be asked; these are found without them. {error}"]
-        return Found(hits, notes, asked.no_good_match(hits))
+        none_fits = asked.no_good_match(hits)
+        return Found([hit._replace(meta=self.told(hit.meta)) for hit in hits], notes, none_fits)
 
     def _room_for(self, image: Raw | None) -> contextlib.AbstractContextManager:
         """What to hold while a picture is looked for; DecodeError for one that is too large."""
@@ -121,7 +126,7 @@ class Service:
         with self._lock:
             kept = self._chosen
         if kept is None or kept[0] is not index or kept[1] != names:
-            kept = index, names, Retriever(index.bundle, Part(index.store, names))
+            kept = index, names, Retriever(index.bundle, Part(index.store, names), towers=index.towers)
             with self._lock:
                 self._chosen = kept
         return kept[2]
@@ -132,21 +137,21 @@ class Service:
         """Items in the order of their source, without a question, so without scores."""
         names, rule = None if within is None else frozenset(within), compiled(where)
         found = (
-            Hit(id, 0.0, meta)
+            Hit(id, 0.0, self.told(meta))
             for id, meta in self.index.items()
             if (names is None or id in names) and matches(rule, meta)
         )
         return list(itertools.islice(found, offset, offset + k))
 
     def item(self, id: str) -> dict[str, Any]:
-        """An item's columns; StoreError where there is none."""
-        return self.index.store.meta([id])[0]
+        """An item's columns, as `told`; StoreError where there is none."""
+        return self.told(self.index.store.meta([id])[0])
 
     def columns_of(self, ids: Collection[str]) -> dict[str, dict[str, Any]]:
         """The columns of those of `ids` that are there."""
         named = sorted(ids)
         with contextlib.suppress(StoreError):
-            return dict(zip(named, self.index.store.meta(named), strict=True)) if named else {}
+            return dict(zip(named, map(self.told, self.index.store.meta(named)), strict=True)) if named else {}
         found = {}
         for name in named:  # one of them is gone
             with contextlib.suppress(StoreError):
@@ -158,10 +163,11 @@ class Service:
 
         None where it has none that may be shown: no picture, a file that is gone, or one outside the roots.
         """
-        place = thumbnail_place(self.path, id)
-        file = self._file(self.item(id))
-        if file is None:  # its source held the picture, and the build kept a small one
-            return place.read_bytes() if place.exists() else None
+        place, meta = thumbnail_place(self.path, id), self.index.store.meta([id])[0]
+        file = self._file(meta.get("image"))
+        if file is None:  # its source held the picture, or it is a clip, and the build kept a small one
+            hidden = any(self._is_elsewhere(meta.get(name)) for name in self._files)
+            return place.read_bytes() if place.exists() and not hidden else None
         if large:
             return thumbnail(file, LARGE, name=id)
         try:
@@ -174,12 +180,30 @@ class Service:
             keep_thumbnail(place, content)
         return content
 
-    def _file(self, meta: dict[str, Any]) -> Path | None:
-        named = meta.get("image")
-        if not isinstance(named, str):
-            return None
-        real = Path(named).resolve()
-        return real if real.is_file() and any(real.is_relative_to(root) for root in self.roots) else None
+    def _file(self, named: object) -> Path | None:
+        real = _absolute(named)
+        return real if real is not None and real.is_file() and self._home(real) is not None else None
+
+    def _home(self, real: Path) -> Path | None:
+        return next((root for root in self.roots if real.is_relative_to(root)), None)
+
+    def _is_elsewhere(self, named: object) -> bool:
+        """Whether this is a file, or was one, that lies outside the roots."""
+        real = _absolute(named)
+        return real is not None and self._home(real) is None
+
+    def told(self, meta: dict[str, Any]) -> dict[str, Any]:
+        """An item's columns as others may see them: of a path, what leads on from one of the roots, or nothing."""
+        shown = {}
+        for name, value in meta.items():
+            real = _absolute(value)
+            if real is None:
+                shown[name] = value
+            elif (home := self._home(real)) is not None:
+                shown[name] = real.relative_to(home).as_posix()
+            elif name not in self._files and not real.exists():  # words that begin with a slash
+                shown[name] = value
+        return shown
 
     def columns(self) -> list[Column]:
         """What can be filtered by: columns of 2 to 60 values that at least two items share on average."""
@@ -189,6 +213,8 @@ class Service:
         counts: dict[str, Counter] = {}
         for _, meta in index.items():
             for name, value in meta.items():
+                if name in self._files:
+                    continue
                 held = counts.setdefault(name, Counter())
                 if len(held) <= CHOICES:
                     held[value] += 1
@@ -205,6 +231,18 @@ class Service:
         """`Index.map`, made by one caller while the others wait for it."""
         with self._laying:
             return self.index.map()
+
+    def words(self) -> list[str]:
+        """The ids of items that are found by their words and have no picture."""
+        written = {name for name, tower in self.opened.towers.items() if tower.kind == "text"}
+        several = len(self.opened.towers) > 1
+        if not several and not written:
+            return []
+        return [
+            id
+            for id, meta in self.index.items()
+            if "image" not in meta and (not several or meta.get(MODALITY) in written)
+        ]
 
     def judge(self, click: Click) -> None:
         """Keep what somebody said of a hit; StoreError for an item that is not there, or a disk that is full."""
@@ -226,3 +264,11 @@ class Service:
 
     def close(self) -> None:
         self.opened.close()
+
+
+def _absolute(value: object) -> Path | None:
+    """Where a value leads that is an absolute path; None for any other."""
+    with contextlib.suppress(ValueError, OSError):  # of names that no file can have
+        if isinstance(value, str) and Path(value).is_absolute():
+            return Path(value).resolve()
+    return None

@@ -18,7 +18,7 @@ let loading = false; // a further page is on its way
 let shown = -1; // the hit in the dialog
 let map = null;
 let chosen = null; // ids chosen on the map: only these are searched
-const names = new Map(); // ids of items that were seen → what they are called
+const names = new Map(); // ids of items that were seen → the items
 const said = new Map(); // feedback given on this page: question and id → relevant
 
 // -- talking to the service ---------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ async function search({ keep = false } = {}) {
     if (mine !== asked) return;
     const from = keep ? hits.length : 0;
     hits = keep ? [...hits, ...answer.hits] : answer.hits;
-    for (const hit of answer.hits) names.set(hit.id, titleOf(hit));
+    for (const hit of answer.hits) names.set(hit.id, hit);
     more = answer.more;
     renderHits(from);
     if (!keep) scrollTo(0, 0);
@@ -168,8 +168,15 @@ function read() {
 
 const pictureOf = (id, large = false) => `/api/v1/picture?id=${encodeURIComponent(id)}${large ? "&large=true" : ""}`;
 const titleOf = (hit) => String(hit.meta.text ?? hit.meta.name ?? hit.meta.title ?? hit.id);
+const modalityOf = (item) => (Object.keys(facts?.modalities ?? {}).length > 1 ? item.meta.modality : facts?.modality);
+const kindOf = (item) => facts?.modalities[modalityOf(item)];
+const isWords = (item) => kindOf(item) === "text" && !item.meta.image; // nothing of it can be shown but what it says
+const nameOf = (id) => (names.has(id) ? titleOf(names.get(id)) : id);
+const seenAs = (id) => (names.has(id) && !isWords(names.get(id)) ? pictureOf(id) : null);
 const percent = (share) => (share < 0.01 ? "< 1 %" : `${Math.round(100 * share)} %`);
-const scoreOf = (hit) => (hit.score == null ? "" : hit.probability == null ? hit.score.toFixed(3) : `${percent(hit.probability)} · ${hit.score.toFixed(3)}`);
+/** Where hits of several modalities come in turn, their score is an order: what each scored in its own answer says more. */
+const valueOf = (hit) => (hit.spaces?.length && hit.spaces[0].space === hit.meta.modality ? hit.spaces[0].score : hit.score).toFixed(3);
+const scoreOf = (hit) => (hit.score == null ? "" : hit.probability == null ? valueOf(hit) : `${percent(hit.probability)} · ${valueOf(hit)}`);
 const question = () => JSON.stringify([parsed(wanted.text).text, wanted.like]);
 const judges = () => Boolean(facts?.writes && asks() && !picture);
 
@@ -182,8 +189,8 @@ function render() {
   const without = (name, value) => () => change({ [name]: wanted[name].filter((other) => other !== value) });
   const chips = [
     ...(picture ? [chip("", "plus", picture.name || "picture", () => { picture = null; search(); }, picture.preview)] : []),
-    ...wanted.like.map((id) => chip("+", "plus", names.get(id) ?? id, without("like", id), pictureOf(id))),
-    ...wanted.unlike.map((id) => chip("−", "minus", names.get(id) ?? id, without("unlike", id), pictureOf(id))),
+    ...wanted.like.map((id) => chip("+", "plus", nameOf(id), without("like", id), seenAs(id))),
+    ...wanted.unlike.map((id) => chip("−", "minus", nameOf(id), without("unlike", id), seenAs(id))),
     ...wanted.where.map((term) => chip("", "filter", term.replace("=", ": "), without("where", term))),
     ...(chosen ? [chip("", "filter", `${chosen.size.toLocaleString()} chosen on the map`, () => map.choose(null))] : []),
   ];
@@ -206,7 +213,7 @@ function clear() {
 /** Examples that came with the address are known by their ids only. */
 function nameExamples() {
   for (const id of [...wanted.like, ...wanted.unlike].filter((one) => !names.has(one))) {
-    call(`/api/v1/item?id=${encodeURIComponent(id)}`).then((item) => { names.set(id, titleOf(item)); render(); }, () => {});
+    call(`/api/v1/item?id=${encodeURIComponent(id)}`).then((item) => { names.set(id, item); render(); }, () => {});
   }
 }
 
@@ -222,7 +229,7 @@ function renderHits(from = 0) {
 function shot(item) {
   const box = element("span", { class: "shot" });
   const title = titleOf(item);
-  if (facts?.modality === "text" && !item.meta.image) {
+  if (isWords(item)) {
     box.classList.add("words");
     box.append(title);
     return box;
@@ -235,6 +242,7 @@ function shot(item) {
   };
   image.onerror = () => { box.classList.add("words"); image.replaceWith(title); };
   box.append(image);
+  if (kindOf(item) === "video") box.append(element("span", { class: "sign", title: "a clip, by one of its frames" }, "▶"));
   return box;
 }
 
@@ -262,8 +270,9 @@ function gauge(share) {
 
 /** Which spaces an item was found in, where the service asks several: its own, or that of its texts. */
 function spaces(hit) {
-  return (hit.spaces ?? []).map(({ space, rank, text }) => {
-    const name = space === "texts" ? "text" : facts.modality;
+  const several = Object.keys(facts.modalities).length > 1; // then each has said by which modality first
+  return (hit.spaces ?? []).filter(({ space }) => !(several && space === "items")).map(({ space, rank, text }) => {
+    const name = space === "texts" ? "text" : space === "items" ? facts.modality : space;
     return element("span", { class: "space", title: `number ${rank} by its ${name}${text ? `: ${text}` : ""}` }, `${name} ${rank}`);
   });
 }
@@ -292,12 +301,14 @@ function open(place) {
   if (!hit) return;
   shown = place;
   $("one-title").textContent = titleOf(hit);
-  $("one-score").replaceChildren(...(hit.score == null ? [] : [hit.probability == null ? `score ${hit.score.toFixed(3)}` : `${percent(hit.probability)} likely meant · score ${hit.score.toFixed(3)}`, ...spaces(hit)]));
+  $("one-score").replaceChildren(...(hit.score == null ? [] : [hit.probability == null ? `score ${valueOf(hit)}` : `${percent(hit.probability)} likely meant · score ${valueOf(hit)}`, ...spaces(hit)]));
   const image = $("one-picture");
-  image.hidden = false;
-  $("one-none").hidden = true;
+  image.hidden = isWords(hit);
+  $("one-none").hidden = !isWords(hit);
+  $("one-none").textContent = isWords(hit) ? titleOf(hit) : "This item has no picture that can be shown.";
   image.onerror = () => { image.hidden = true; $("one-none").hidden = false; };
-  image.src = pictureOf(hit.id, true);
+  if (isWords(hit)) image.removeAttribute("src");
+  else image.src = pictureOf(hit.id, true);
   image.alt = titleOf(hit);
   const rows = [["id", hit.id], ...Object.entries(hit.meta).filter(([name]) => name !== "image")];
   $("one-meta").tBodies[0].replaceChildren(...rows.map(([name, value]) =>
@@ -379,8 +390,9 @@ async function openMap() {
     $("map-note").textContent = "Laying out the map …";
     try {
       const layout = await call("/api/v1/map");
+      layout.words = new Set(layout.words);
       map = new Map2D($("map").querySelector("canvas"), layout, {
-        picture: pictureOf,
+        picture: (id) => (layout.words.has(id) ? null : pictureOf(id)),
         onopen: (id) => call(`/api/v1/item?id=${encodeURIComponent(id)}`).then((item) => {
           const at = hits.findIndex((hit) => hit.id === id);
           if (at < 0) hits = [{ ...item, score: null }, ...hits];

@@ -4,7 +4,7 @@ const MOST = 400; // pictures at once
 
 export class Map2D {
   /**
-   * `layout`: ids with x and y, each in 0..1. `ask.picture(id)` is the address of a small picture; `onopen(id)`,
+   * `layout`: ids with x and y, each in 0..1. `ask.picture(id)` is the address of a small picture, or null; `onopen(id)`,
    * `onchoose(ids or null)` and `onlasso(on)` say what was done.
    */
   constructor(canvas, layout, ask) {
@@ -186,13 +186,18 @@ export class Map2D {
 
   picture(id) {
     let image = this.pictures.get(id);
-    if (!image) {
+    if (image === undefined) {
+      const address = this.ask.picture(id);
+      if (!address) { // words stay points
+        this.pictures.set(id, null);
+        return null;
+      }
       image = new Image();
       image.onload = () => { image.there = true; this.draw(); };
-      image.src = this.ask.picture(id);
+      image.src = address;
       this.pictures.set(id, image);
     }
-    return image.there ? image : null;
+    return image?.there ? image : null;
   }
 }
 
