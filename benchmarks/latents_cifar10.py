@@ -42,7 +42,7 @@ from twofold.models.tokens import Tokens
 from twofold.train.loop import fit
 from twofold.train.optim import Optimizer
 from twofold.views import Policy
-from twofold.views.masks import random
+from twofold.views.masks import Rectangles, random
 
 RESULTS = Path(__file__).parent / "results" / "latents_cifar10.json"
 ENCODER = "timm:vit_tiny_patch16_224/4x64x4"  # 64 patches of 4 × 4 pixels; 200,000 weights
@@ -64,12 +64,15 @@ def small(*policies: Policy) -> tuple[Policy, ...]:
     return tuple(replace(policy, size=32) for policy in policies)
 
 
-_IJEPA = {"predictor": Blocks(1, 64, 2), "least": 16}
+_IJEPA = {"predictor": Blocks(1, 64, 2)}
+_BLOCKS = {**_IJEPA, "blocks": Rectangles(least=16)}
+_AT_RANDOM = {**_IJEPA, "momentum": 0.98, "share": 0.75, "pixels": 3.0}
 RECIPES: dict[str, Recipe] = {
     "simclr": Recipe(SimCLR, small(views.SIMCLR_CIFAR) * 2, 7, {"head": Head(2, 512, 128), "temperature": 0.2}),
     "mae": Recipe(MAE, small(views.MAE), 17, {"decoder": Blocks(2, 64, 2)}),
-    "ijepa": Recipe(IJEPA, small(views.IJEPA), 10, _IJEPA),
-    "ijepa+pixels": Recipe(IJEPA, small(views.IJEPA), 10, {**_IJEPA, "pixels": 1.0}),
+    "ijepa": Recipe(IJEPA, small(views.IJEPA), 10, _BLOCKS),
+    "ijepa+pixels": Recipe(IJEPA, small(views.IJEPA), 10, {**_BLOCKS, "pixels": 1.0}),
+    "ijepa+pixels, at random": Recipe(IJEPA, small(views.IJEPA), 13, _AT_RANDOM),
 }
 BASELINES = ("pixels", "untrained")
 

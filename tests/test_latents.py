@@ -211,6 +211,17 @@ def test_ijepas_pixels_are_maes_error_of_the_same_blocks_beside_the_tokens():
     assert method.predictor.answer.weight.grad[16:].abs().sum() > 0
 
 
+def test_a_share_hides_the_patches_that_mae_hides_and_asks_for_them_in_one_part():
+    method, batch = ijepa(share=0.75, pixels=1.0), pictures()
+    x = batch["image"] / 255
+    keep, hidden = random(6, 16, share=0.75, draw=after_views(method, batch))
+    assert (keep.shape, hidden.shape) == ((6, 4), (6, 1, 12))
+    answers = method.predictor(method.tokens(x, keep), keep, hidden)
+    tokens = latent_regression(answers[..., :16], taken(method.target(x), hidden)).mean()
+    pixels = masked_pixels(answers[..., 16:], taken(patches(method.tokens.standard(x), (4, 4)), hidden)).mean()
+    torch.testing.assert_close(method(batch, runtime.generator(0)).loss, tokens + pixels)
+
+
 @pytest.mark.parametrize("method", [mae, ijepa])
 def test_a_batch_in_chunks_is_refused_since_no_samples_are_compared(method, tmp_path):
     class Batches:
@@ -230,6 +241,8 @@ def test_what_cannot_be_is_refused_when_it_is_built():
         ijepa(pixels=-1.0)
     with pytest.raises(UsageError, match="Of 16 patches"):
         mae(share=1.0)(pictures(), runtime.generator(0))
+    with pytest.raises(UsageError, match="Of 16 patches"):
+        ijepa(share=0.99)(pictures(), runtime.generator(0))
     with pytest.raises(UsageError, match="plain vision transformer"):
         MAE(image_encoder("timm:resnet10t", size=32))
 

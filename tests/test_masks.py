@@ -10,13 +10,13 @@ from torch import Tensor
 from processes import together
 from twofold import runtime
 from twofold.errors import UsageError
-from twofold.views.masks import Masked, block, multiblock, random, taken, tubes
+from twofold.views.masks import Masked, Rectangles, block, multiblock, random, taken, tubes
 
 GRID, ROWS = (8, 8), 64
 MASKS = {
     "random": lambda rows, draw: random(rows, 64, share=0.75, draw=draw),
     "multiblock": lambda rows, draw: multiblock(rows, GRID, draw=draw),
-    "multiblock, wide": lambda rows, draw: multiblock(rows, (5, 13), blocks=3, least=4, draw=draw),
+    "multiblock, wide": lambda rows, draw: multiblock(rows, (5, 13), Rectangles(3, least=4), draw=draw),
     "tubes": lambda rows, draw: tubes(rows, (3, *GRID), draw=draw),
     "tubes, long": lambda rows, draw: tubes(rows, (3, *GRID), blocks=2, scale=(0.2, 0.4), draw=draw),
 }
@@ -130,13 +130,13 @@ def test_multiblock_predicts_four_rectangles_and_leaves_enough_to_see():
         assert len({rectangle(part, 8) for sample in hidden.tolist() for part in sample}) == 1
         counts.add(keep.shape[1])
     assert len(counts) > 1
-    more = multiblock(ROWS, GRID, least=24, draw=runtime.generator(0))
+    more = multiblock(ROWS, GRID, Rectangles(least=24), draw=runtime.generator(0))
     assert more.keep.shape[1] >= 20  # ten tries find nearly as many
 
 
 def test_the_context_of_multiblock_lies_in_one_square():
     for step in range(20):
-        keep, _ = multiblock(ROWS, GRID, context=(0.3, 0.3), blocks=1, draw=runtime.generator(step))
+        keep, _ = multiblock(ROWS, GRID, Rectangles(1), context=(0.3, 0.3), draw=runtime.generator(step))
         for seen in keep.tolist():  # √(.3 · 64) ≈ 4.4, so 4 × 4
             for coordinate in ([cell // 8 for cell in seen], [cell % 8 for cell in seen]):
                 assert max(coordinate) - min(coordinate) < 4
@@ -178,7 +178,7 @@ def test_a_mask_that_leaves_nothing_is_an_error_that_says_so():
     with pytest.raises(UsageError, match="Of 3 patches"):
         random(2, 3, draw=draw)
     with pytest.raises(UsageError, match="whole grid"):
-        multiblock(2, (2, 2), scale=(1, 1), aspect=(1, 1), draw=draw)
+        multiblock(2, (2, 2), Rectangles(scale=(1, 1)), aspect=(1, 1), draw=draw)
     with pytest.raises(UsageError, match="whole grid"):
         tubes(2, (2, 2, 2), scale=(1, 1), aspect=(1, 1), draw=draw)
 

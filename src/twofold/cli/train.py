@@ -94,8 +94,9 @@ def _options(method: type) -> type:
     """A dataclass of what a method's signature leaves to choose: its keyword-only numbers, words and heads."""
     from twofold.models.heads import Head
     from twofold.models.predictor import Blocks
+    from twofold.views.masks import Rectangles
 
-    plain = (int, float, bool, str, Head, Blocks, tuple[float, float])
+    plain = (int, float, bool, str, Head, Blocks, Rectangles)
     hints = get_type_hints(getattr(method, "__init__"))  # noqa: B009 — a class's, not an instance's
     chosen = [
         (p.name, hints[p.name], dataclasses.field(default=p.default))

@@ -209,6 +209,6 @@ def of_predictions(by_distance: Sequence[tuple[float, float, int]], constant: fl
             "warn",
             "What is hidden is predicted no better than by the mean of all.",
             f"error {error:.3f}, of the mean {constant:.3f}",
-            "Train longer, or raise the learning rate; hide less, or blocks that are smaller (--share, --scale).",
+            "Train longer, or raise the learning rate; hide less, or smaller blocks (--share, --blocks.scale).",
         )
     ]

@@ -1,13 +1,13 @@
 """I-JEPA — Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture (arXiv 2301.08243).
 
 From the patches of a large block, predict what a slowly moving copy of the encoder, which sees the whole picture, makes
-of four smaller blocks (section 3). What cannot be predicted, noise and texture, the copy need not say. By choice the
-pixels of the hidden patches are predicted too, as in BootMAE (arXiv 2207.07116): targets that no copy can forget.
+of four smaller blocks (section 3). What cannot be predicted, noise and texture, the copy need not say. By choice
+patches are hidden at random, as in MAE (arXiv 2111.06377), and their pixels are predicted beside their tokens, as in
+BootMAE (arXiv 2207.07116): targets that no copy can forget.
 """
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +23,14 @@ from twofold.models.tokens import Tokens, patches
 from twofold.objectives import latent_regression, masked_pixels, token_variance
 from twofold.runtime import gather
 from twofold.views import Policy
-from twofold.views.masks import multiblock, taken
+from twofold.views.masks import Masked, Rectangles, multiblock, random, taken
 
 
 class IJEPA(Method):
     """`encoder` is a vision transformer, such as timm:vit_tiny_patch16_224/4; `momentum` rises to 1 in a line.
 
-    `blocks` rectangles of a `scale` of the grid's area are predicted from what they leave of a large square: `least`
-    patches or more, wherever ten tries find so many. `pixels` weighs their pixels' error.
+    `blocks` are predicted from what they leave of a large square. A `share` above 0 hides so much of the patches at
+    random instead. `pixels` weighs the error of what is hidden in pixels.
     """
 
     smallest_batch = 1
@@ -41,10 +41,9 @@ class IJEPA(Method):
         *,
         policies: tuple[Policy] = (views.IJEPA,),
         predictor: Blocks = Blocks(6, 384, 12),  # noqa: B008 — frozen
-        blocks: int = 4,
-        scale: tuple[float, float] = (0.15, 0.2),
-        least: int = 10,
+        blocks: Rectangles = Rectangles(),  # noqa: B008 — frozen
         momentum: float = 0.996,
+        share: float = 0.0,
         pixels: float = 0.0,
     ):
         super().__init__()
@@ -52,15 +51,14 @@ class IJEPA(Method):
             raise UsageError(f"momentum starts in [0, 1) and rises to 1; got {momentum}.")
         check_weight("pixels", pixels)
         self.tokens, self.policies, self.momentum = Tokens(encoder), policies, momentum
-        self.pixels = pixels
-        self.mask = partial(multiblock, blocks=blocks, scale=scale, least=least)
+        self.pixels, self.share, self.blocks = pixels, share, blocks
         painted = math.prod(self.tokens.patch) * encoder.channels if pixels else 0  # beside a token, in one answer
         self.predictor = Predictor(predictor, dim=self.tokens.dim, out=self.tokens.dim + painted, grid=self.tokens.grid)
         self.target = Ema(self.tokens)
 
     def forward(self, batch: Mapping[str, Any], draw: torch.Generator) -> Out:
         x = self.policies[0](batch["image"], draw)
-        keep, hidden = self.mask(len(x), self.tokens.grid, draw=draw).to(x.device)
+        keep, hidden = self.mask(len(x), draw).to(x.device)
         answers = self.predictor(self.tokens(x, keep), keep, hidden)
         with torch.no_grad():
             h = self.target(x)
@@ -71,6 +69,12 @@ class IJEPA(Method):
             error = masked_pixels(answers[..., self.tokens.dim :], true)
             loss, parts["pixels"] = loss + self.pixels * error, error.detach().mean()
         return Out(gather(loss).mean(), z=h.mean(1), parts=parts)
+
+    def mask(self, rows: int, draw: torch.Generator) -> Masked:
+        """Which patches of `rows` pictures are seen, and which are asked for."""
+        if self.share:
+            return random(rows, self.tokens.cells, share=self.share, draw=draw)
+        return multiblock(rows, self.tokens.grid, self.blocks, draw=draw)
 
     def after_step(self, progress: float) -> None:
         self.target.update(self.tokens, self.momentum + (1 - self.momentum) * progress)

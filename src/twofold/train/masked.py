@@ -38,8 +38,7 @@ def predicted(method: Method, x: Any, *, seed: int = 0) -> Predicted | None:
         if isinstance(method, MAE):
             return _pixels(method, x, draw)
         if isinstance(method, IJEPA):
-            mask = method.mask(len(x), method.tokens.grid, draw=draw)
-            return _latents(method, x, mask, method.tokens.grid)
+            return _latents(method, x, method.mask(len(x), draw), method.tokens.grid)
         if isinstance(method, VJEPA):
             mask = method.masks[0](len(x), method.tokens.grid, draw=draw)
             return _latents(method, x, mask, method.tokens.grid)

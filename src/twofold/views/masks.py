@@ -8,6 +8,7 @@ size of blocks and the number of cells kept are common to the batch, for a tenso
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,15 @@ class Masked(NamedTuple):
 
     def to(self, device: torch.device) -> "Masked":
         return Masked(*(cells.to(device) for cells in self))
+
+
+@dataclass(frozen=True)
+class Rectangles:
+    """`count` rectangles, each a `scale` of the grid's area, that leave `least` cells to see or more."""
+
+    count: int = 4
+    scale: tuple[float, float] = (0.15, 0.2)
+    least: int = 10
 
 
 def taken(x: Shaped[Tensor, "b n d"], at: Int[Tensor, "b *at"]) -> Shaped[Tensor, "b *at d"]:
@@ -69,26 +79,24 @@ def block(
 def multiblock(
     rows: int,
     grid: Sequence[int],
+    blocks: Rectangles = Rectangles(),
     *,
-    blocks: int = 4,
-    scale: tuple[float, float] = (0.15, 0.2),
     aspect: tuple[float, float] = (0.75, 1.5),
     context: tuple[float, float] = (0.85, 1.0),
-    least: int = 10,
     draw: torch.Generator,
 ) -> Masked:
-    """I-JEPA's mask: `blocks` rectangles to predict, and what of a large square around is in none of them to see.
+    """I-JEPA's mask: rectangles to predict, and what of a large square around is in none of them to see.
 
     arXiv 2301.08243, section 3 and its official code, whose sizes are the batch's and whose places are the sample's.
     It differs from that code where the code is lopsided: here the last row and column can be reached; scale and aspect
     are drawn apart; and where a sample has more to see than the one with the least, the cells that go are drawn, not
-    the lowest. Blocks that leave fewer than `least` cells to see are drawn again, and may never be seen.
+    the lowest. Blocks that leave too few cells to see are drawn again, which ten tries may not mend.
     """
-    sizes = _size(grid, scale, aspect, draw), _size(grid, context, (1, 1), draw)
-    noise = runtime.uniform(rows, 2 * (TRIES * blocks + 1), draw).view(rows, -1, 2)
-    tried = _cells(grid, sizes[0], noise[:, 1:].view(rows, TRIES, blocks, 2))
+    sizes = _size(grid, blocks.scale, aspect, draw), _size(grid, context, (1, 1), draw)
+    noise = runtime.uniform(rows, 2 * (TRIES * blocks.count + 1), draw).view(rows, -1, 2)
+    tried = _cells(grid, sizes[0], noise[:, 1:].view(rows, TRIES, blocks.count, 2))
     around = _covered(grid, _cells(grid, sizes[1], noise[:, :1]))
-    seen, hidden = _first(around & ~_covered(grid, tried.flatten(2)), tried, least)
+    seen, hidden = _first(around & ~_covered(grid, tried.flatten(2)), tried, blocks.least)
     return Masked(_members(seen, draw), hidden)
 
 
