@@ -1,8 +1,12 @@
 """Methods compared on pictures of four colours: equal budgets, nothing done twice, words that the figures bear out."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -274,3 +278,59 @@ def test_few_shots_are_the_nearest_mean_of_a_draw():
     assert len(hidden.right[1]) == 16
     with pytest.raises(UsageError, match="shots and draws of 1 or more"):
         few_shot(z, y, test, answers, shots=(0,))
+
+
+# In a process of its own: Ray leaves files open, which the tests' Python would complain of.
+ON_RAY = """
+import json, sys, time
+from dataclasses import replace
+from pathlib import Path
+import ray
+from test_compare import TINY, TRANSFORMER, coloured
+from twofold.cluster import on_ray
+from twofold.train.compare import OPTIMIZER, _run, _Work, compare, variants_of
+from twofold.views import policies
+
+out, source = Path(sys.argv[1]), coloured()
+given = {"setting": TINY, "transformer": TRANSFORMER, "quiet": True}
+alone = compare(["simclr", "mae", "triplet"], source, out=out / "alone", **given)
+spread = compare(["simclr", "mae", "triplet"], source, out=out / "ray", ray="local", **given)
+again = compare(["simclr", "mae", "triplet"], source, out=out / "ray", ray="nowhere:1", **given)
+
+never, batch = replace(TINY, epochs=100_000), replace(TINY, batch=1_000)
+judge = policies("simclr")[0]
+calls = {
+    name: (_Work(variants_of(["simclr"], setting, OPTIMIZER, items=60)[0], out / name, judge, None),)
+    for name, setting in {"never": never, "batch": batch}.items()
+}
+for name, why in on_ray(_run, calls, shared=(source, source)):
+    while not (out / "never" / "log.jsonl").is_file():
+        time.sleep(0.1)
+    break  # as Ctrl-C does
+print(json.dumps({
+    "names": [[row.name for row in done.rows] for done in (alone, spread, again)],
+    "right": [[row.right for row in done.rows] for done in (alone, spread, again)],
+    "failed": [name, why],
+    "left": ray.is_initialized(),
+    "kept": [path.name for path in (out / "never").iterdir()],
+}))
+"""
+
+
+def test_a_ray_cluster_gives_the_table_of_one_process_and_writes_checkpoints_when_stopped(tmp_path):
+    pytest.importorskip("ray")
+    command = [sys.executable, "-c", ON_RAY, str(tmp_path)]
+    here = {**os.environ, "RAY_worker_niceness": "0"}  # Ray's workers else wait for whatever runs beside the tests
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=here, check=True, stdout=subprocess.PIPE, timeout=600)
+    told = json.loads(done.stdout.splitlines()[-1])
+    alone, spread, again = told["right"]
+    assert told["names"][0] == told["names"][1] and alone == spread == again, "nothing was left to do for the third"
+    name, why = told["failed"]
+    assert name == "batch" and "1000" in why, "a training that fails stops no other, and says why"
+    assert "checkpoint.safetensors" in told["kept"], "what runs when the comparison is stopped goes on from there"
+    assert not told["left"], "what was started for this has ended"
+
+
+def test_jobs_are_processes_and_a_cluster_has_its_own(tmp_path):
+    with pytest.raises(UsageError, match="2 jobs are processes of this machine"):
+        compare(["simclr"], coloured(), out=tmp_path, jobs=2, ray="local")

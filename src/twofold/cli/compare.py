@@ -34,6 +34,7 @@ def compare(
     seeds: int = 1,
     seed: int = 0,
     jobs: int = 1,
+    ray: Annotated[str | None, arg(metavar="ADDRESS")] = None,
     json: bool = False,
 ) -> None:
     """Which method suits your pictures: train each for the same budget, and measure them beside what learned nothing.
@@ -45,6 +46,7 @@ def compare(
       twofold compare --data photos/
       twofold compare simclr byol vicreg --data tiles/ --policy satellite --seconds 120 --seeds 2
       twofold compare simclr --data tiles/ --sweep temperature=0.1,0.2,0.5 policy=simclr,satellite
+      twofold compare --data tiles/ --seeds 3 --ray auto        # on a Ray cluster
 
     Args:
         methods: of `twofold methods`
@@ -63,6 +65,7 @@ def compare(
         seeds: trainings of each
         seed: the first of them
         jobs: trainings at a time, each in a process of its own with its share of the cores
+        ray: train on this Ray cluster: local, auto or ray://host:10001; machines share the folders
         json: print the result as JSON
     """
     from twofold.data.sources import open_source
@@ -88,6 +91,7 @@ def compare(
         sweep={name: values.split(",") for name, values in assigned("sweep", sweep).items()},
         seeds=range(seed, seed + seeds),
         jobs=jobs,
+        ray=ray,
         quiet=json,
     )
     figures = summary(result)

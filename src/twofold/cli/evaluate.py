@@ -46,7 +46,7 @@ def evaluate(
       twofold evaluate runs/b --data photos/ --zero-shot "a photo of a {}" "a {} seen from above"
 
     Args:
-        models: bundles, or folders of runs
+        models: bundles, folders of runs, or encoders of pictures by name
         data: labelled or captioned pictures with splits, or labelled videos
         suite: several labelled data sets instead of --data: a TOML file of [[data]] with name, path and, for pictures
             of another domain, fit = the name of the set that probes learn from
@@ -78,13 +78,13 @@ def evaluate(
     if (data is None) == (suite is None):
         raise UsageError("evaluate takes --data or --suite, one of them.")
     if not models:
-        raise UsageError("evaluate takes a model: a bundle, or the folder of a run.")
+        raise UsageError("evaluate takes a model: a bundle, the folder of a run, or the name of an encoder.")
     tuned = None
     if fine_tune:
         from twofold.train.fine_tune import fine_tune as tune
 
         tuned = functools.partial(tune, epochs=epochs)
-    bundles = {name: Bundle.load(path, heads=at == "head") for name, path in zip(named(models), models, strict=True)}
+    bundles = {name: Bundle.of(path, heads=at == "head") for name, path in zip(named(models), models, strict=True)}
     if suite is None and len(models) == 1:
         assert data is not None
         measured = evaluate(
@@ -122,10 +122,11 @@ def evaluate(
     print_json(done) if json else print_suite(done)
 
 
-def named(paths: tuple[Path, ...]) -> list[str]:
-    """Models by the last part of their paths that tells them apart."""
-    for parts in range(1, max((len(path.parts) for path in paths), default=1) + 1):
-        names = ["/".join(path.parts[-parts:]) for path in paths]
+def named(models: tuple[Path, ...]) -> list[str]:
+    """Models by the last part of their paths that tells them apart; encoders by their names."""
+    places = [model.parts if model.exists() else (str(model),) for model in models]
+    for parts in range(1, max(map(len, places), default=1) + 1):
+        names = ["/".join(place[-parts:]) for place in places]
         if len(set(names)) == len(names):
             return names
-    return [f"{path} ({number})" for number, path in enumerate(paths, 1)]
+    return [f"{model} ({number})" for number, model in enumerate(models, 1)]

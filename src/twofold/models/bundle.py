@@ -11,6 +11,7 @@ computed again from what was read, so a damaged or edited bundle does not load.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ from twofold.data.sources import AUDIO_SUFFIXES, KINDS, MAY_MOVE, VIDEO_SUFFIXES
 from twofold.data.video import Sheet
 from twofold.errors import BundleError, UsageError, unknown
 from twofold.models import heads
-from twofold.models.encoders import Encoder, device_of, fingerprint, inference, moved, read_encoder
+from twofold.models.encoders import Encoder, device_of, encoder, fingerprint, inference, moved, read_encoder
 from twofold.progress import Line
 
 FORMAT = 2  # 1 had no kinds: a tower's name, image or text, was its kind
@@ -248,6 +249,18 @@ class Bundle:
         }
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / "bundle.json", lambda path: path.write_text(text, "utf-8"))
+
+    @classmethod
+    def of(cls, name: Path | str, *, heads: bool = False) -> "Bundle":
+        """What commands take as a model: the folder of a bundle or run, else an encoder of pictures by its name."""
+        if Path(name).exists() or (":" not in str(name) and os.sep in str(name)):
+            return cls.load(name, heads=heads)
+        with torch.random.fork_rng():
+            torch.manual_seed(runtime.seed_of("untrained"))  # a name may ask for weights that are drawn
+            try:
+                return cls({"image": encoder(str(name), "image").to(runtime.device())})
+            except UsageError as error:
+                raise UsageError(f"{error} A bundle's or run's folder of that name is not here either.") from error
 
     @classmethod
     def load(cls, folder: Path | str, *, device: torch.device | str | None = None, heads: bool = False) -> "Bundle":

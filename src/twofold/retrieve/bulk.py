@@ -13,16 +13,16 @@ Machines share two folders: the index's and the data's. `Index.build` comes last
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from twofold.cluster import on_ray
 from twofold.data.decode import OnError, Skipped
 from twofold.data.sources import Modality, Source
 from twofold.data.vectors import Joined
-from twofold.errors import UsageError
+from twofold.errors import TwofoldError, UsageError
 from twofold.models.bundle import Bundle, Tower
 from twofold.retrieve.contents import contents_of, embed_items
 from twofold.retrieve.index import Existing, begun
@@ -30,7 +30,6 @@ from twofold.retrieve.modalities import towers_of
 from twofold.retrieve.snapshot import Progress, claimed, item_vectors
 
 UNIT = 2048  # contents of a unit: one file of vectors, about a minute on two cores
-TRIES = 3  # of a unit whose process or machine was lost
 
 
 class Part(NamedTuple):
@@ -96,36 +95,26 @@ def embed_on_ray(
 ) -> list[Skipped]:
     """Embed a source for the index `out` on a Ray cluster; returns what could not be.
 
-    `address` is "local" (this machine's cores), "auto" (the cluster that this machine is in) or "ray://host:10001".
-    Every machine sees `out`, the model and the source's files under the same paths. A task takes one CPU, or one GPU
-    where the cluster has any; one whose worker dies is run again, `TRIES` times. Raises UsageError without Ray.
+    `address` is as in `cluster.on_ray`. Every machine sees `out`, the model and the source's files under the same
+    paths. A unit is a task, of one CPU or one GPU.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise UsageError("Ray is not installed: pip install 'twofold[ray]'.") from error
     out, model = Path(out).resolve(), Path(model).resolve()
-    with claimed(out, shared=True), _connected(ray, address):
+    with claimed(out, shared=True):
         chosen, _, vectors = _space(source, Bundle.load(model), out, modality, existing)
         contents = contents_of(source, chosen)
         at = [i for i, content in enumerate(contents) if content is not None]  # the build names the others
         todo = [at[n] for n in vectors.missing([contents[i].key for i in at])]  # type: ignore[union-attr]
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        work = ray.remote(_unit).options(num_cpus=1, num_gpus=gpus, max_retries=TRIES)
-        held = ray.put(source)
         units = [todo[start : start + unit] for start in range(0, len(todo), unit)]
-        waiting = {work.remote(held, items, model, out, chosen, existing, on_error): len(items) for items in units}
+        calls = {number: (items, model, out, chosen, existing, on_error) for number, items in enumerate(units)}
         skipped: list[Skipped] = []
         done = 0
-        try:
-            while waiting:
-                for ready in ray.wait(list(waiting), timeout=1)[0]:
-                    skipped += ray.get(ready)
-                    done += waiting.pop(ready)
-                if progress is not None:
-                    progress(done, len(todo))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
+        for number, found in on_ray(_unit, calls, shared=(source,), address=address):
+            if isinstance(found, TwofoldError):
+                raise found
+            skipped += found
+            done += len(units[number])
+            if progress is not None:
+                progress(done, len(todo))
     return skipped
 
 
@@ -154,22 +143,3 @@ def _space(
     """The columns that are embedded, with what, and where their vectors are kept."""
     _, head = begun(source, bundle, out, modality, existing)
     return head.modalities, towers_of(bundle, head.modalities, head.frames), item_vectors(out, head)
-
-
-@contextmanager
-def _connected(ray: Any, address: str) -> Iterator[None]:
-    """A connection to the cluster, if there is none yet; one that was made here ends here."""
-    if ray.is_initialized():
-        yield
-        return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
-    if address == "local":
-        options |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
-    try:
-        ray.init(address=address, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UsageError(f"No Ray cluster answers at {address!r} ({error}). `ray start --head` starts one.") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from twofold import runtime
+from twofold.cluster import on_ray
 from twofold.data.atomic import write_atomically
 from twofold.data.sources import Source, content_key
 from twofold.errors import DataError, TwofoldError, UsageError, unknown
@@ -135,6 +136,7 @@ def compare(
     sweep: Mapping[str, Sequence[str]] = {},
     seeds: Sequence[int] = (0,),
     jobs: int = 1,
+    ray: str | None = None,
     quiet: bool = False,
 ) -> Comparison:
     """Train each of `methods` (all that the data are enough for, where none is named) and measure what it learned.
@@ -145,10 +147,14 @@ def compare(
     pictures and are tested on the split "test", else "val", else on a fifth. Each run is a line of compare.jsonl in
     `out` as it ends; the same call goes on where it was stopped. A training that fails does not stop the others.
     `jobs` trainings run at a time, each in a process of its own with its share of the threads: what a network that is
-    too small for all cores gains, and what `seconds` then says is seconds beside the others.
+    too small for all cores gains, and what `seconds` then says is seconds beside the others. `ray` is the address of a
+    Ray cluster ("local", "auto", "ray://host:10001") that runs as many as it has CPUs, or GPUs; its machines see `out`
+    and the pictures under the same paths.
     """
     if jobs < 1:
         raise UsageError(f"jobs is how many trainings run at a time, 1 or more; got {jobs}.")
+    if ray and jobs > 1:
+        raise UsageError(f"{jobs} jobs are processes of this machine; a Ray cluster runs as many as it has room for.")
     trained, held = _labelled(source)
     chosen = fitting(trained) if not methods else list(dict.fromkeys(methods))
     variants = variants_of(chosen, setting, optimizer, transformer=transformer, sweep=sweep, items=len(trained))
@@ -162,11 +168,11 @@ def compare(
     asked = {number: _asked(plan, data, judge, seconds) for number, plan in enumerate(plans)}
     ready = {number: line for number, own in asked.items() if (line := lines.find(own)) is not None}
     todo = {
-        number: _Work(plans[number], trained, held, _folder(Path(out), plans[number], asked[number]), judge, seconds)
+        number: _Work(plans[number], _folder(Path(out).resolve(), plans[number], asked[number]), judge, seconds)
         for number in asked
         if number not in ready
     }
-    for number, done in _each(todo, jobs, quiet=quiet):
+    for number, done in _each(trained, held, todo, jobs=jobs, ray=ray, quiet=quiet):
         if isinstance(done, str):
             failed[plans[number].name] = done
         else:
@@ -319,11 +325,9 @@ class _Lines:
 
 
 class _Work(NamedTuple):
-    """All that a run takes, for another process too."""
+    """All that a run takes beside the data, for another process too."""
 
     variant: Variant
-    trained: Source
-    held: Source
     folder: Path
     judge: Policy
     seconds: float | None
@@ -333,17 +337,24 @@ def _folder(out: Path, plan: Variant, asked: Mapping[str, Any]) -> Path:
     return out / f"{plan.method}-{content_key(json.dumps(asked, sort_keys=True))[:8]}"
 
 
-def _each(todo: Mapping[int, _Work], jobs: int, *, quiet: bool) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _each(
+    trained: Source, held: Source, todo: Mapping[int, _Work], *, jobs: int, ray: str | None, quiet: bool
+) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Each run's line as it ends, or why there is none."""
+    if ray is not None and todo:
+        calls = {number: (work,) for number, work in todo.items()}
+        for number, done in on_ray(_run, calls, shared=(trained, held), address=ray):
+            yield number, str(done) if isinstance(done, TwofoldError) else done
+        return
     if jobs == 1 or len(todo) < 2:
         for number, work in todo.items():
-            yield number, _run(work, quiet=quiet)
+            yield number, _run(trained, held, work, quiet=quiet)
         return
     threads = max(1, torch.get_num_threads() // jobs)
     method = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in the middle of their work
     pool = ProcessPoolExecutor(min(jobs, len(todo)), method, initializer=torch.set_num_threads, initargs=(threads,))
     try:
-        running = {pool.submit(_run, work, quiet=True): number for number, work in todo.items()}
+        running = {pool.submit(_run, trained, held, work): number for number, work in todo.items()}
         for done in as_completed(running):
             yield running[done], done.result()
     finally:  # Ctrl-C reaches the processes too, and each of them writes its checkpoint
@@ -358,9 +369,9 @@ def _said(plan: Variant, done: Mapping[str, Any] | str, number: int, of: int) ->
     return name + f"linear {linear:.3f}, kNN {knn:.3f}, rank {done['rank']:.1f}, {done['seconds']:.0f} s"
 
 
-def _run(work: _Work, *, quiet: bool) -> dict[str, Any] | str:
+def _run(trained: Source, held: Source, work: _Work, *, quiet: bool = True) -> dict[str, Any] | str:
     """Train, if that has not been done, and measure; why not, where a training fails."""
-    variant, trained, held, folder, judge, seconds = work
+    variant, folder, judge, seconds = work
     setting = variant.setting
     try:
         if seconds is not None:

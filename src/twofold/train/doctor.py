@@ -32,7 +32,6 @@ from twofold.measure.structure import Comparison, Structure, compare_spaces, nea
 from twofold.methods import METHODS, VJEPA, Method
 from twofold.methods.facts import FACTS
 from twofold.models.bundle import Bundle, Tower
-from twofold.models.encoders import encoder as encoder_named
 from twofold.models.encoders import inference
 from twofold.progress import Line
 from twofold.train.align import PAIRED, linked
@@ -165,7 +164,7 @@ def doctor(
         if against is not None:
             raise UsageError("Two encoders are compared on data: give --data.")
         return done
-    bundle = _bundle(run)
+    bundle = Bundle.of(run, heads=True)
     data = data.take(range(min(limit, len(data))))
     if "image" in bundle.towers and len(bundle.towers) == 1:
         done = _of_pictures(done, bundle, _method(place, done.record), data, temperature, seed, quiet)
@@ -176,14 +175,6 @@ def doctor(
     if against is not None:
         done = done._replace(against=_against(done, bundle, data, against, quiet))
     return done._replace(verdicts=sorted(done.verdicts, key=lambda verdict: ORDER.index(verdict.tone)))
-
-
-def _bundle(given: Path | str) -> Bundle:
-    """Of a run or bundle by its folder; else of an encoder of pictures by its name."""
-    if Path(given).exists():
-        return Bundle.load(given, heads=True)
-    torch.manual_seed(0)
-    return Bundle({"image": encoder_named(str(given), "image").to(runtime.device())})
 
 
 # -- One tower that sees ----------------------------------------------------------------------------------------------
@@ -451,7 +442,7 @@ def _nearest(z: Tensor, seed: int) -> list[Neighbours]:
 def _against(done: Doctored, bundle: Bundle, data: Source, other: Path | str, quiet: bool) -> Against:
     """Both encoders on the items that they both read, by the tower of the first side."""
     name = done.sides[0].name
-    second = _bundle(other)
+    second = Bundle.of(other, heads=True)
     if name not in second.towers:
         raise DataError(f"{other} has no {name} tower, only {' and '.join(second.towers)}: nothing to compare.")
     ids = {each: row for row, each in enumerate(data.ids)}
