@@ -4,11 +4,14 @@ Randomness is counter-based. What happens in step t depends on (seed, t) and not
 killed and resumed, or spread over several processes, sees the very same views.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +26,21 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next step, for as long as the process lives; nothing on other systems.
+
+    By default it gives tensors of megabytes back to the system at once and has them zeroed, page by page, when the next
+    step asks anew: a quarter of the time of a small convolutional network's step on a CPU.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)):
+            ctypes.CDLL("libc.so.6").mallopt(option, value)
+
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def cache_dir() -> Path:

@@ -124,6 +124,7 @@ def tokens(
 
     They are computed anew each time, and are many: what `embed` gives is their average.
     """
+    runtime.keep_freed_memory()
     look = encoder.tokens if isinstance(encoder, ClipEncoder) else Tokens(encoder)  # type: ignore[arg-type]
     device, failed = device_of(encoder), list[Skipped]()
 
@@ -188,6 +189,7 @@ def _contents(source: Source, modality: Modality) -> tuple[Sequence[Any], list[s
 
 def _runner(encoder: Encoder, fast: Fast | None) -> Callable[[Any], np.ndarray]:
     """What turns a batch of the encoder's inputs into features."""
+    runtime.keep_freed_memory()
     device = device_of(encoder)
 
     def run(x: Inputs) -> np.ndarray:

@@ -165,6 +165,7 @@ def fit(
     if fabric.is_global_zero:
         environment = json.dumps(runtime.environment(), indent=1) + "\n"
         write_atomically(out / "environment.json", lambda path: path.write_text(environment))
+    runtime.keep_freed_memory()
     if not any(_overruns(layer) for layer in method.modules()):
         method.to(memory_format=torch.channels_last)  # convolutions take a half to a third of the time
     raw = optimizer.build(method)
