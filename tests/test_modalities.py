@@ -261,6 +261,31 @@ def test_what_is_gone_is_pruned_and_what_is_broken_is_named(things, made, untrai
     assert check(made).whole
 
 
+def test_a_modality_may_be_gone_altogether(things, made, untrained):
+    shutil.rmtree(things / "clips")
+    built = Index.build(open_source(things, kinds=("image", "text", "video")), untrained, made, existing="prune")
+    assert (built.items, built.removed, built.embedded) == (9, 3, 0)
+    assert read_head(made).modality == ALL and check(made).whole
+    assert set(modalities(search(made, "a house"))) == {"image", "text"}
+
+
+def test_the_same_words_in_two_columns_have_the_vector_of_their_own_tower(untrained, out):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        title = Tower(untrained.towers["text"].encoder, nn.Linear(384, untrained.dim))
+    bundle = Bundle({"text": untrained.towers["text"], "title": title})
+    cells = Column("text", [["a dog"], []])
+    source = Source("both", ["a", "b"], texts=[[], ["a dog"]], columns={"title": cells})
+    Index.build(source, bundle, out, texts="none")
+    assert read_head(out).modality == "text,title"
+    with Index.open(out) as opened:
+        vectors = opened.store.vectors(["a", "b"])
+        assert opened.audit() == []
+    expected = [bundle.encode("a dog", modality=name) for name in ("title", "text")]
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    assert check(out).whole
+
+
 def test_another_model_is_refused_by_the_place_it_came_from(things, made, untrained, tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(1)

@@ -205,37 +205,51 @@ class Vectors:
 
 
 class Joined:
-    """The vectors of several encoders into one space, by modality. A key is one encoder's: contents differ in kind."""
+    """The vectors of several encoders into one space, by modality. Of several, a key is "image/…": `key` makes it."""
 
     def __init__(self, parts: Mapping[str, Vectors]):
         self.parts = parts
         self.damaged = [name for part in parts.values() for name in part.damaged]
 
+    def key(self, modality: str, content: str) -> str:
+        """What a content is called here: one and the same may have a vector of each of several encoders."""
+        return f"{modality}/{content}" if len(self.parts) > 1 else content
+
+    def _sorted(self, keys: Sequence[str]) -> list[tuple[Vectors, list[int], list[str]]]:
+        """Each part with those of the keys that are its own: where they stand, and what it calls them."""
+        if len(self.parts) == 1:
+            return [(part, list(range(len(keys))), list(keys)) for part in self.parts.values()]
+        at: dict[str, list[int]] = {name: [] for name in self.parts}
+        for row, key in enumerate(keys):
+            at[key.rpartition("/")[0]].append(row)
+        return [(self.parts[name], rows, [keys[row].rpartition("/")[2] for row in rows]) for name, rows in at.items()]
+
     def __len__(self) -> int:
         return sum(map(len, self.parts.values()))
 
     def __contains__(self, key: str) -> bool:
-        return any(key in part for part in self.parts.values())
+        return any(own in part for part, _, owns in self._sorted([key]) for own in owns)
 
     def missing(self, keys: Sequence[str]) -> list[int]:
-        left = [set(part.missing(keys)) for part in self.parts.values()]
-        return sorted(set.intersection(*left))
+        return sorted(rows[one] for part, rows, owns in self._sorted(keys) for one in part.missing(owns))
 
     def get(self, keys: Sequence[str]) -> np.ndarray:
-        *others, last = self.parts.values()
-        rows = [next((part for part in others if key in part), last) for key in keys]
-        out = np.empty((len(keys), last.dim), np.float32)
-        for part in self.parts.values():
-            at = [row for row, own in enumerate(rows) if own is part]
-            out[at] = part.get([keys[row] for row in at])
+        made = [(rows, part.get(owns)) for part, rows, owns in self._sorted(keys)]
+        out = np.empty((len(keys), made[0][1].shape[1]), np.float32)
+        for rows, vectors in made:
+            out[rows] = vectors
         return out
 
     def broken(self, keys: Sequence[str]) -> list[str]:
-        return [key for part in self.parts.values() for key in part.broken(keys)]
+        found = []
+        for part, rows, owns in self._sorted(keys):
+            bad = set(part.broken(owns))
+            found += [keys[row] for row, own in zip(rows, owns, strict=True) if own in bad]
+        return list(dict.fromkeys(found))
 
     def drop(self, keys: Sequence[str]) -> None:
-        for part in self.parts.values():
-            part.drop(keys)
+        for part, _, owns in self._sorted(keys):
+            part.drop(owns)
 
 
 def _digest(data: object) -> str:

@@ -103,7 +103,7 @@ def embed_on_ray(
         chosen, _, vectors = _space(source, Bundle.load(model), out, modality, existing)
         contents = contents_of(source, chosen)
         at = [i for i, content in enumerate(contents) if content is not None]  # the build names the others
-        todo = [at[n] for n in vectors.missing([contents[i].key for i in at])]  # type: ignore[union-attr]
+        todo = [at[n] for n in vectors.missing([vectors.key(*contents[i]) for i in at])]  # type: ignore[misc]
         units = [todo[start : start + unit] for start in range(0, len(todo), unit)]
         calls = {number: (items, model, out, chosen, existing, on_error) for number, items in enumerate(units)}
         skipped: list[Skipped] = []

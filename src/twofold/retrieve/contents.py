@@ -13,7 +13,7 @@ from twofold.data.decode import OnError, Raw, Skipped, ahead, thumbnail
 from twofold.data.sources import Modality, Source
 from twofold.data.vectors import Joined, Vectors
 from twofold.data.video import Clip, still
-from twofold.errors import DataError
+from twofold.errors import DataError, DecodeError, UsageError
 from twofold.measure.embed import embed
 from twofold.models.bundle import Tower
 from twofold.retrieve.modalities import MODALITY, found_by, has
@@ -38,7 +38,8 @@ def contents_of(source: Source, modalities: Sequence[Modality]) -> list[Content 
     contents: list[Content | None] = [None] * len(source)
     for name in modalities:
         at = [i for i, own in enumerate(found) if own == name]
-        for i, key in zip(at, source.take(at).keys(name), strict=True):
+        keys = source.take(at).keys(name) if at else []  # a source may have lost a modality altogether
+        for i, key in zip(at, keys, strict=True):
             contents[i] = Content(name, key)
     return contents
 
@@ -64,16 +65,17 @@ def embed_items(
             if progress is not None:
                 progress(before + done, total)
 
-        reasons |= _embed_column(chosen, name, tower, vectors.parts[name], on_error, tell)
+        failed = _embed_column(chosen, name, tower, vectors.parts[name], on_error, tell)
+        reasons |= {vectors.key(name, key): reason for key, reason in failed.items()}
         before += len(todo[name])
     items, skipped = {}, []
     for i, (name, content) in enumerate(zip(source.ids, contents, strict=True)):
         if content is None:
             skipped.append(Skipped(name, f"has no {' and no '.join(towers)}"))
-        elif content.key in vectors:
-            items[name] = Item(content.key, _meta(source, i, content.modality if len(towers) > 1 else None))
+        elif content.key in vectors.parts[content.modality]:
+            items[name] = Item(vectors.key(*content), _meta(source, i, content.modality if len(towers) > 1 else None))
         else:
-            skipped.append(Skipped(name, reasons.get(content.key, "it changed while it was being read")))
+            skipped.append(Skipped(name, reasons.get(vectors.key(*content), "it changed while it was being read")))
     if skipped and on_error == "raise":
         raise DataError(f"{source.name}: {skipped[0].id} {skipped[0].reason}.")
     return items, skipped
@@ -151,7 +153,10 @@ def keep_thumbnails(path: Path, source: Source, found: dict[str, Item], old: dic
 
     def make(one: tuple[str, Raw | Still], _: str) -> None:
         name, image = one
-        pixels = still(image.clip, name=name) if isinstance(image, Still) else image
+        try:
+            pixels = still(image.clip, name=name) if isinstance(image, Still) else image
+        except UsageError as error:  # no PyAV: an item with a clip that is found by something else
+            raise DecodeError(name, str(error)) from error
         keep_thumbnail(thumbnail_place(path, name), thumbnail(pixels, THUMBNAIL, name=name))
 
     pictures: list[Raw | Still] = list(source.images or [b""] * len(source))

@@ -84,9 +84,12 @@ def read_by_frames(
 
 
 def found_by(source: Source, modalities: Sequence[Modality]) -> list[Modality | None]:
-    """The first of `modalities` that each item has; None where it has none of them."""
+    """The first of `modalities` that each item has; None where it has none of them.
+
+    A source may have lost a modality altogether: a folder whose clips are all gone.
+    """
     found: list[Modality | None] = [None] * len(source)
-    for name in reversed(modalities):
+    for name in [name for name in reversed(modalities) if name in source.modalities]:
         cells = source.column(name).cells
         found = [name if has(cell) else other for cell, other in zip(cells, found, strict=True)]
     return found
