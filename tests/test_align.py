@@ -513,53 +513,74 @@ def test_the_command_names_towers_and_columns(tmp_path, capsys):
     assert "NAME=VALUE" in capsys.readouterr().err
 
 
-def test_mined_negatives_come_into_the_batches(tmp_path, no_training):
-    pairs = vectors()
-    ids = pairs.split("train").ids
-    rows = [{"anchor": "", "positive": "", "negative_1": ""} for _ in ids]
-    (tmp_path / "hard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def mined_before(folder: Path, ids: list[str]) -> Path:
+    """A file in which each item's negative is the item before."""
+    (folder / "hard.jsonl").write_text("".join('{"anchor": "", "positive": "", "negative_1": ""}\n' for _ in ids))
     named = [{"anchor_id": id, "positive_id": id, "negative_1_id": ids[i - 1]} for i, id in enumerate(ids)]
-    (tmp_path / "hard.ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
-    seen = no_training(pairs, tmp_path, towers=VECTORS, recipe=SMALL, negatives=tmp_path / "hard.jsonl")
-    assert seen["method"].negatives[:, 0].tolist() == [len(ids) - 1, *range(len(ids) - 1)]
-    assert seen["method"](seen["batches"][0], torch.Generator()).loss.isfinite()
-    with pytest.raises(UsageError, match="go with clip and siglip"):
-        recipe = replace(SMALL, objective="triplet")
-        align(pairs, out=tmp_path, towers=VECTORS, recipe=recipe, negatives=tmp_path / "hard.jsonl", quiet=True)
+    (folder / "hard.ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    return folder / "hard.jsonl"
+
+
+@pytest.mark.parametrize("objective", ["siglip", "triplet"])
+def test_mined_negatives_meet_with_their_partners(objective, tmp_path, no_training):
+    pairs = vectors()
+    train = pairs.split("train")
+    hard, recipe = mined_before(tmp_path, list(train.ids)), replace(SMALL, batch=12, objective=objective)
+    row = {cells.tobytes(): item for item, cells in enumerate(np.stack(train.column("a").cells))}
+    met = []
+    for negatives in (hard, None):
+        batches = no_training(pairs, tmp_path, towers=VECTORS, recipe=recipe, negatives=negatives)["batches"]
+        seen = [[row[cells.tobytes()] for cells in batches[step]["a"].numpy()] for step in range(10)]
+        assert sorted(item for batch in seen for item in batch) == list(range(120)), "an epoch visits each once"
+        met.append(sum((item - 1) % 120 in batch for batch in seen for item in batch))
+    assert met[0] > 40 and met[1] < 22, "half of them can: who was fetched fetches nobody"
 
 
 def test_with_mined_negatives_the_scale_and_bias_are_kept_for_calibration(tmp_path):
     pairs = vectors()
-    ids = pairs.split("train").ids
-    (tmp_path / "hard.jsonl").write_text("".join('{"anchor": "", "positive": "", "negative_1": ""}\n' for _ in ids))
-    named = [{"anchor_id": id, "positive_id": id, "negative_1_id": ids[i - 1]} for i, id in enumerate(ids)]
-    (tmp_path / "hard.ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
-    recipe = replace(SMALL, epochs=1)
-    hard = tmp_path / "hard.jsonl"
-    done = align(pairs, out=tmp_path / "run", towers=VECTORS, recipe=recipe, negatives=hard, quiet=True)
+    hard, recipe = mined_before(tmp_path, list(pairs.split("train").ids)), replace(SMALL, epochs=2, mine=1)
+    done = align(pairs, out=tmp_path / "run", towers=VECTORS, recipe=recipe, quiet=True)
     assert done.bundle.meta["siglip"]["scale"] > 0 and "hardest" in done.run.log[-1]
+    with pytest.raises(UsageError, match="not both"):
+        align(pairs, out=tmp_path, towers=VECTORS, recipe=recipe, negatives=hard, quiet=True)
 
 
 def test_a_model_mines_its_own_negatives_as_it_learns(tmp_path, no_training):
     pairs = vectors()
     seen = no_training(pairs, tmp_path, towers=VECTORS, recipe=replace(SMALL, mine=2))
     method, train = seen["method"], pairs.split("train")
-    assert method.every == 2 * seen["batches"].steps_per_epoch and (method.negatives < 0).all()
+    assert method.every == 2 * seen["batches"].steps_per_epoch and (method.beside < 0).all()
     first, second = (
         tower(torch.from_numpy(np.stack(train.column(name).cells))) for name, tower in method.eval().towers().items()
     )
     own = [[item] for item in range(len(train))]
     known = Known(same={"item": range(len(train))}, alike={"a": first})
-    found = hard_negatives(first, second, own, k=5, known=known)
+    found = hard_negatives(first, second, own, k=30, known=known)
     assert torch.equal(method.mine(method), found.negatives) and (found.negatives >= 0).any()
+    with pytest.raises(UsageError, match="takes frozen encoders"):
+        texts = words([[f"a thing {i}", f"the thing {i}"] for i in range(40)])
+        towers = {"v": "vectors", "text": "bpe:tiny"}
+        align(texts, out=tmp_path, towers=towers, recipe=replace(SMALL, mine=2, train="text"), quiet=True)
 
 
-def test_training_goes_on_with_what_was_mined(tmp_path):
-    pairs = vectors()
-    done = align(pairs, out=tmp_path / "run", towers=VECTORS, recipe=replace(SMALL, mine=1, epochs=3), quiet=True)
-    assert done.after > done.before
-    with pytest.raises(UsageError, match="not both"):
-        align(pairs, out=tmp_path, towers=VECTORS, recipe=replace(SMALL, mine=1), negatives="hard.jsonl", quiet=True)
+def test_a_run_that_mines_and_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch):
+    pairs, recipe = vectors(), replace(SMALL, mine=1, epochs=4)
+    whole = align(pairs, out=tmp_path / "whole", towers=VECTORS, recipe=recipe, quiet=True)
+    genuine = Batches.__getitem__
+
+    def stops(self, step):
+        if step == 8:  # in the third epoch, after two minings
+            signal.raise_signal(signal.SIGINT)
+        return genuine(self, step)
+
+    monkeypatch.setattr(Batches, "__getitem__", stops)
+    with pytest.raises(KeyboardInterrupt):
+        align(pairs, out=tmp_path / "killed", towers=VECTORS, recipe=recipe, quiet=True)
+    monkeypatch.undo()
+    again = align(pairs, out=tmp_path / "killed", towers=VECTORS, recipe=recipe, quiet=True)
+    assert again.bundle.fingerprint == whole.bundle.fingerprint
+    unmined = align(pairs, out=tmp_path / "not", towers=VECTORS, recipe=replace(recipe, mine=0), quiet=True)
+    assert unmined.bundle.fingerprint != whole.bundle.fingerprint
 
 
 def test_an_encoder_in_chunks_learns_what_it_learns_at_once(pictures, pretrained, tmp_path):

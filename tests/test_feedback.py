@@ -114,11 +114,10 @@ def test_judged_questions_are_hard_negatives_that_align_and_others_read(judged, 
     first = json.loads(out.read_text().splitlines()[0])
     assert rows == len(out.read_text().splitlines()) and list(first) == ["anchor", "positive", "negative"]
     assert first["anchor"] == first["positive"] == source.texts[0][0]
-    negatives = read_negatives(out, source.ids, source.texts)
+    negatives = read_negatives(out, source.ids)
     asked = [at for at in range(len(source)) if (negatives[at] >= 0).any()]
     assert asked == list(range(0, 60, 10))
-    pictures = read_negatives(out, source.ids)
-    assert {source.ids[n] for n in pictures[0].tolist() if n >= 0} == set(
+    assert {source.ids[n] for n in negatives[0].tolist() if n >= 0} == set(
         Feedback(root / "index").judged()[0].negatives
     )
     assert main(["mine", "--feedback", str(root / "index"), "--out", str(root / "c.csv"), "--json"]) == 0

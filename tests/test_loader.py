@@ -254,3 +254,50 @@ def test_runs_that_make_no_batch_say_so():
         by_class([0, 1] * 8, apart=range(16))
     with pytest.raises(DataError, match="one length"):
         Batches({"at": np.arange(3)}, batch=1, seed=0, classes=[0, 1])
+
+
+# --- neighbours -------------------------------------------------------------------------------------------------------
+
+CLANS = np.arange(96) % 16  # six items each
+BESIDE = np.array(
+    [[other for other in range(96) if CLANS[other] == CLANS[item] and other != item] for item in range(96)]
+)
+
+
+def met(batches, number):
+    """How many of its clan an item has in its batch, on average over an epoch."""
+    tables = np.array(epoch(batches, number)).reshape(-1, batches.batch)
+    return np.mean([np.sum(CLANS[row] == CLANS[item]) - 1 for row in tables for item in row])
+
+
+def test_neighbours_meet_and_the_epoch_visits_what_it_would_have():
+    plain, near = index(96, batch=12), index(96, batch=12, beside=lambda: BESIDE, each=6)
+    assert sorted(epoch(near, 0)) == sorted(epoch(near, 3)) == list(range(96)) and epoch(near, 0) != epoch(near, 1)
+    assert met(plain, 0) < 1.2 and met(near, 0) > 3, "by chance 5 × 11/95"
+    assert 0.6 < met(index(96, batch=12, beside=lambda: BESIDE, each=2), 0) - met(plain, 0) < 1.6
+    nobody = index(96, batch=12, beside=lambda: np.full((96, 3), -1), each=6)
+    batches = [sorted(each[step]["at"].tolist()) for each in (plain, nobody) for step in range(8)]
+    assert sorted(batches[:8]) == sorted(batches[8:]), "without neighbours, batches are what they were"
+
+
+def test_neighbours_that_are_kept_apart_do_not_meet_and_shares_stay_as_they_are():
+    twins, shares = np.arange(96) // 32 * 16 + CLANS, np.where(np.arange(96) % 3, 1.0, 0.5)  # pairs of a clan
+    options = {"apart": twins, "shares": shares, "batch": 12}
+    plain, near = index(96, **options), index(96, beside=lambda: BESIDE, each=6, **options)
+    for number in range(6):
+        assert sorted(epoch(near, number)) == sorted(epoch(plain, number))
+        for step in range(number * near.steps_per_epoch, (number + 1) * near.steps_per_epoch):
+            batch = near[step]["at"].numpy()
+            assert len({*twins[batch]}) == len(batch)
+    assert met(near, 0) > 2 * met(plain, 0), "of three names a clan, at most two others"
+
+
+def test_neighbours_are_those_of_the_epochs_beginning():
+    now = [np.full((96, 5), -1)]
+    batches = index(96, batch=12, beside=lambda: now[0], each=6)
+    first = epoch(batches, 0)
+    now[0] = torch.from_numpy(BESIDE)
+    assert epoch(batches, 0) == first
+    assert epoch(batches, 1) == epoch(index(96, batch=12, beside=lambda: BESIDE, each=6), 1)
+    with pytest.raises(UsageError, match="not by both"):
+        index(96, batch=12, beside=lambda: BESIDE, classes=CLANS)

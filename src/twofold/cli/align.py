@@ -62,7 +62,7 @@ def align(arguments: list[str]) -> None:
             columns: which further columns are modalities, each of a kind: image, text, audio, video, vector
             images: where the manifest's files are, if not beside it
             weights: a table with id and weight (and text), 0..1: the share of its visits that a pair keeps
-            negatives: hard negatives of the second side, as `twofold mine` writes them
+            negatives: hard negatives, as `twofold mine` writes them: the items meet in a batch
             on_error: what to do with a file that cannot be read
             log_to: tensorboard:DIR, wandb:PROJECT or mlflow:URI are told what the log is
             report: look at the run when it ends, and write what `twofold doctor` says of it to DIR/doctor.html

@@ -1,6 +1,6 @@
 """Batches by their number: a batch is a function of (seed, step) alone, so that resuming needs no replay."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -103,7 +103,9 @@ class Batches:
     and a batch without repeats needs no loss that knows of them. An epoch still visits every item, but for names that
     more items bear than an epoch has batches: of those it takes as many, other ones each time. With `shares` (0..1 an
     item), an item is visited in that share of the epochs. With `classes` (a label an item), items come in runs, `each`
-    of a class; an epoch visits every item, and some again to fill up a class's last run.
+    of a class; an epoch visits every item, and some again to fill up a class's last run. With `beside` (it gives [n, k]
+    items, −1 for none), items meet in groups of up to `each`: one, and some that lie beside it by that table, as it is
+    when an epoch begins. Which items an epoch visits, how often, and what is kept apart does not change by that.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Batches:
         apart: Sequence | np.ndarray | None = None,
         shares: Sequence[float] | np.ndarray | None = None,
         classes: Sequence | None = None,
+        beside: Callable[[], np.ndarray | Tensor] | None = None,
         each: int = 1,
     ):
         self.columns = {name: _prepared(name, column) for name, column in columns.items()}
@@ -126,13 +129,14 @@ class Batches:
         if len(set(lengths.values())) != 1:
             raise DataError(f"Columns must be of one length, one entry an item; they have {lengths or 'none'}.")
         items = next(iter(lengths.values()))
-        if classes is not None and not (apart is None and shares is None):
-            raise UsageError("Batches go by class, or by what is kept apart and by shares; not by both.")
-        if each < 1 or batch % each:
+        if classes is not None and not (apart is None and shares is None and beside is None):
+            raise UsageError("Batches go by class, or by what is kept apart, by shares and neighbours; not by both.")
+        if each < 1 or (classes is not None and batch % each):
             raise UsageError(f"batch={batch} is not made of runs of each={each}. Make batch a multiple of it.")
         if batch < max(1, runtime.world()[1]):
             raise UsageError(f"batch={batch}: each of the {runtime.world()[1]} processes needs an item at least.")
-        self.batch, self.seed, self.each = batch, seed, None if classes is None else each
+        self.batch, self.seed, self.each = batch, seed, each
+        self.beside, self._by_class = beside, classes is not None
         together = classes if apart is None else apart
         self._together: list[np.ndarray] = []  # columns of as many candidates draw as one: texts, and their features
         for column in self.columns.values():
@@ -178,7 +182,7 @@ class Batches:
     @property
     def crowded(self) -> bool:
         """Whether some items have no place in an epoch because too many bear one name."""
-        return self.each is None and int(np.diff(self.members.offsets).max(initial=0)) > self.steps_per_epoch
+        return not self._by_class and int(np.diff(self.members.offsets).max(initial=0)) > self.steps_per_epoch
 
     def _steps(self) -> int:
         """The most batches that every epoch can fill: a name's items that are more than these have no place."""
@@ -195,7 +199,9 @@ class Batches:
         """The items of an epoch in their order; the last epoch asked for is kept."""
         if self._order[0] != epoch:
             draw = runtime.generator(self.seed, "order", epoch)
-            items = self._apart(epoch, draw) if self.each is None else _runs(self.members, self.each, draw)
+            items = _runs(self.members, self.each, draw) if self._by_class else self._apart(epoch, draw)
+            if self.beside is not None:
+                items = self._gathered(items[: self.steps_per_epoch * self.batch], np.asarray(self.beside()), draw)
             self._order = (epoch, items)
         return self._order[1]
 
@@ -217,6 +223,52 @@ class Batches:
         nth = np.arange(len(rows)) - np.repeat(np.cumsum(count[order]) - count[order], count[order])
         dealt = dealt[nth < self.steps_per_epoch][: self.steps_per_epoch * self.batch]
         return rows[dealt].reshape(self.batch, self.steps_per_epoch).T.reshape(-1)
+
+    def _gathered(self, items: np.ndarray, beside: np.ndarray, draw: torch.Generator) -> np.ndarray:
+        """The same items in other batches: what lies beside an item changes places with another of its batch.
+
+        Batch by batch, an item that has not been moved yet fetches up to `each` − 1 of its neighbours, in random order,
+        out of batches whose turn is still to come. None comes that bears a name of the batch, or whose place nobody of
+        the batch may take. So late batches find few neighbours left: their order is shuffled in the end.
+        """
+        table = items.reshape(-1, self.batch).copy()
+        names = np.empty(len(self.members.rows), np.int64)
+        names[np.asarray(self.members.rows)] = np.repeat(np.arange(len(self.members)), np.diff(self.members.offsets))
+        place = np.full(len(names), -1)
+        place[table.ravel()] = np.arange(table.size)
+        settled = place < 0  # what this epoch does not visit stays where it is
+        there = [set(names[row].tolist()) for row in table]
+        shuffled = np.argsort(runtime.uniform(len(beside), beside.shape[1], draw).numpy(), axis=1)
+        for at, row in enumerate(table):
+            last = self.batch - 1  # places from here on are free to give away
+            for seed in range(self.batch):
+                if seed > last:
+                    break
+                if settled[row[seed]]:
+                    continue
+                settled[row[seed]] = True
+                own = beside[row[seed]]
+                met = 1
+                for other in own[shuffled[row[seed]]].tolist():
+                    if met == self.each:
+                        break
+                    if other < 0 or settled[other]:
+                        continue
+                    batch, column = divmod(int(place[other]), self.batch)
+                    if batch != at:
+                        while last > seed and settled[row[last]]:
+                            last -= 1
+                        filler = int(row[last])
+                        new, gone = int(names[other]), int(names[filler])
+                        if last <= seed or new in there[at] or gone in there[batch]:
+                            continue
+                        there[at] ^= {new, gone}
+                        there[batch] ^= {new, gone}
+                        row[last], table[batch, column] = other, filler
+                        place[other], place[filler] = place[filler], place[other]
+                    settled[other] = True
+                    met += 1
+        return table[_permutation(len(table), draw)].ravel()
 
     def _admitted(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The items that this epoch visits, name by name, and where each name begins.

@@ -6,7 +6,7 @@ encoder, or both, may be trained with its head, as a whole or by low-rank change
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from twofold import runtime
@@ -30,7 +30,7 @@ from twofold.measure.embed import Embedded, embed
 from twofold.measure.metrics import CELLS, TIE, row_blocks
 from twofold.measure.negatives import of_pairs
 from twofold.methods import CLIP, VSE, Method, SigLIP
-from twofold.methods.negatives import WithNegatives
+from twofold.methods.negatives import Mining
 from twofold.methods.pair import View
 from twofold.models.base import Encoder, device_of, inference, moved
 from twofold.models.bundle import Bundle, Tower
@@ -42,7 +42,7 @@ from twofold.progress import TERMINAL, Line
 from twofold.train.hardness import hardness_of
 from twofold.train.loop import Run, Watch, fit
 from twofold.train.lora import low_rank
-from twofold.train.mine import COUNT, Miner, miner, normalised, read_negatives
+from twofold.train.mine import MEETING, miner, normalised, read_negatives
 from twofold.train.optim import Optimizer
 from twofold.train.viewed import pixels_of, viewed
 from twofold.train.weights import Weights, read_weights
@@ -53,6 +53,7 @@ Learns = Literal["", "from scratch", "tuned", "lora"]
 SCALE = 25.0  # where SigLIP's scale ends on small data; from the paper's 10 it is still on its way when training ends
 KNOWING = 0.1  # the rate of heads that start as the identity, as a part of `lr`
 ROWS = 64  # items that an encoder takes at a time when they are only looked at
+GROUP = 8  # items of a batch that are each other's mined negatives
 LOOKED_AT = 512  # pairs whose negatives are looked at
 PAIRED = 0.07  # the temperature of that, where an objective has none
 SAMPLE = 1000  # pairs, to see whether two encoders share a space
@@ -79,7 +80,7 @@ class Recipe:
     policy: str = "mae"  # what views of pictures are: a preset's name or a file
     chunk: int | None = None  # rows a trained encoder sees at a time: a batch that memory does not hold
     holdout: float = 0.0  # share of the pairs to validate on, where the data has no split "val"
-    mine: int = 0  # epochs between minings of hard negatives by the model itself, with `mine`'s guards; 0: none
+    mine: int = 0  # epochs between minings by the model itself of what shall meet in a batch, guarded; 0: none
     patience: int = 15  # epochs without a better recall in validation, after which training stops
     seed: int = 0
 
@@ -140,8 +141,8 @@ def align(
     learned from, and "val" chooses the epoch whose weights are kept. An item with several texts shows another one of
     them on each visit, and items that have a text or a file in common never come into one batch: nothing that belongs
     together is pushed apart. `weights`, by id or in a file (columns id and weight, text too for single texts), is the
-    share of its visits that a pair keeps; 0 drops it. `negatives` is a file of `twofold mine`. The same call goes on
-    where an earlier one was stopped. `log_to` is that of `fit`.
+    share of its visits that a pair keeps; 0 drops it. `negatives` is a file of `twofold mine`: items that are hard to
+    tell apart by it meet in a batch. The same call goes on where an earlier one was stopped. `log_to` is that of `fit`.
     """
     _check_towers(towers, pairs, recipe)
     weighed = read_weights(weights) if isinstance(weights, Path | str) else Weights(weights or {})
@@ -156,8 +157,8 @@ def align(
             column = train.column(name)
             encoders[name] = encoder(spec, column.kind, column=column)
     learns = {name: _learns(name, spec, encoders[name], recipe) for name, spec in towers.items()}
-    if recipe.mine or negatives is not None:
-        _check_mining(train, learns, recipe, negatives)
+    if recipe.mine:
+        _check_mining(train, learns, negatives)
     train, features, skipped = embedded(train, encoders, on_error=on_error, quiet=quiet)
     shared = _share_a_space(features, linked(train, towers))
     with torch.random.fork_rng():
@@ -165,13 +166,14 @@ def align(
         sides = {name: _side(encoders[name], features[name], learns[name], shared, recipe) for name in towers}
     untrained = _bundle(sides, {"untrained": True})
     columns = {name: _column(side, train, name, recipe, weighed, quiet=quiet) for name, side in sides.items()}
-    mined = None if negatives is None else _mined(Path(negatives), train, towers)
+    mined = None if negatives is None else read_negatives(Path(negatives), train.ids)
     batches = pair_batches(
-        {**columns, "item": np.arange(len(train))} if mined is not None or recipe.mine else columns,
+        columns,
         linked(train, towers),
         batch=recipe.batch,
         seed=recipe.seed,
         shares=weighed.shares(train, towers) if weighed else None,
+        beside=(lambda: method.get_buffer("beside").cpu()) if recipe.mine else None if mined is None else lambda: mined,
         quiet=quiet,
     )
     watch, probes = None, {}
@@ -187,10 +189,9 @@ def align(
         _statistics_kept(tuned),
     ):
         method = _method(sides, recipe, batches.batch, meeting=_mean_cosine(features) if shared else 0.0)
-        if mined is not None or recipe.mine:
-            mine = miner(train, features) if recipe.mine else None
+        if recipe.mine:
             every = recipe.mine * batches.steps_per_epoch
-            method = _with_negatives(method, [*features.values()][1], mined, every, mine)
+            method = Mining(method, items=len(train), k=MEETING, every=every, mine=miner(train, features))
         before = watch.score(method.eval()) if watch else None
         run = fit(
             method,
@@ -367,16 +368,21 @@ def pair_batches(
     batch: int,
     seed: int,
     shares: Float[np.ndarray, "n"] | None = None,
+    beside: Callable[[], Int[Tensor, "n k"]] | None = None,
     quiet: bool = False,
 ) -> Batches:
     """Batches in which no two items are `linked`; as large as asked for, or as there are distinct items.
+
+    With `beside`, each item's mined negatives, these meet in groups of up to GROUP.
 
     Says so where they are smaller, and where many pairs wait because what they share keeps them out.
     """
     distinct = len(np.unique(links))
     if distinct < 2:
         raise DataError(f"All {len(links):,} pairs share a text or a file: there is nothing to tell apart.")
-    batches = Batches(columns, batch=min(batch, distinct), seed=seed, apart=links, shares=shares)
+    batches = Batches(
+        columns, batch=min(batch, distinct), seed=seed, apart=links, shares=shares, beside=beside, each=GROUP
+    )
     places = batches.steps_per_epoch * batches.batch
     if quiet or (batches.batch == min(batch, len(links)) and (places > 0.5 * len(links) or not batches.crowded)):
         return batches
@@ -435,46 +441,23 @@ def _method(sides: Mapping[Modality, _Side], recipe: Recipe, batch: int, *, meet
     return SigLIP(towers, views=views, scale=SCALE, bias=-math.log(max(batch - 1, 1)) - SCALE * meeting)
 
 
-def _check_mining(
-    train: Source, learns: Mapping[Modality, Learns], recipe: Recipe, negatives: Path | str | None
-) -> None:
-    first, second = learns
-    if recipe.mine and negatives is not None:
+def _check_mining(train: Source, learns: Mapping[Modality, Learns], negatives: Path | str | None) -> None:
+    if negatives is not None:
         raise UsageError(
             "Negatives are mined by the model itself (--mine) or come from a file (--negatives), not both."
         )
-    if learns[second] or recipe.objective == "triplet":
-        raise UsageError(
-            f"Mined negatives go with clip and siglip, and with a frozen {second} encoder: its features are mined. "
-            f"Leave {second} out of --train, or the negatives away."
-        )
+    first = next(iter(learns))
     kind, cells = train.column(first)
-    if recipe.mine and (learns[first] or (kind == "text" and any(len(texts) > 1 for texts in cells))):
+    if any(learns.values()) or (kind == "text" and any(len(texts) > 1 for texts in cells)):
         raise UsageError(
-            f"A model that mines as it learns takes a frozen {first} encoder, and one {first} an item. Mine with "
-            "`twofold mine` instead, and give --negatives."
+            f"A model that mines as it learns takes frozen encoders, whose features it knows, and one {first} an item. "
+            "Mine with `twofold mine` instead, and give --negatives."
         )
-
-
-def _with_negatives(
-    method: Method, second: Embedded, mined: Tensor | None, every: int, mine: Miner | None
-) -> WithNegatives:
-    """Negatives from a file; or none at first, and those that the model mines `every` so many steps."""
-    assert isinstance(method, CLIP | SigLIP)
-    owner = torch.from_numpy(np.repeat(np.arange(len(second.ids)), np.diff(second.offsets)))
-    negatives = torch.full((len(second.ids), COUNT), -1) if mined is None else mined
-    return WithNegatives(method, torch.from_numpy(second.matrix), owner, negatives, every=every, mine=mine)
 
 
 def _core(method: Method) -> Method:
-    """The objective itself, which mined negatives may be around."""
-    return method.method if isinstance(method, WithNegatives) else method
-
-
-def _mined(path: Path, train: Source, towers: Mapping[Modality, str]) -> Int64[Tensor, "n k"]:
-    second = [*towers][1]
-    kind, cells = train.column(second)
-    return read_negatives(path, train.ids, cells if kind == "text" else None)
+    """The objective itself, which mining may be around."""
+    return method.method if isinstance(method, Mining) else method
 
 
 def _view(one: Encoder, recipe: Recipe) -> View:

@@ -1,6 +1,6 @@
 """Hard negatives of a data set as a file: triplets or n-tuples that sentence-transformers reads as they are.
 
-Beside the file lies another one with the ids of all that stands in it, row by row: `align --negatives` reads both.
+Beside the file lies another one with the ids of all that stands in it, row by row: `align --negatives` reads that.
 """
 
 import csv
@@ -32,6 +32,7 @@ from twofold.progress import Line
 
 PRINT_SIDE = 32  # pixels a side of what perceptual hashes are taken of
 COUNT = 5  # negatives of each anchor
+MEETING = 30  # those that a model mines for itself: some of them belong to one item, or have met others already
 DEPTH = 100  # candidates of each that are looked at
 Miner = Callable[[Method], Int64[Tensor, "n k"]]
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -187,7 +188,7 @@ def _known(
 
 
 def miner(source: Source, features: Mapping[Modality, Embedded], guards: Guards = Guards()) -> Miner:  # noqa: B008
-    """How a method in training mines its own hard negatives: the items' first modality against rows of the second.
+    """How a method in training mines: the items whose second modality it confuses most with the first of each.
 
     `features` are what both frozen encoders made of the source's items, one row an item of the first.
     """
@@ -207,7 +208,8 @@ def miner(source: Source, features: Mapping[Modality, Embedded], guards: Guards 
             corpus = towers[second](torch.from_numpy(answers.matrix).to(device))
         alike = {first: asked[torch.from_numpy(owner).to(device)]}
         now = replace(known, alike=alike)
-        return hard_negatives(asked, corpus, positives, k=COUNT, guards=guards, known=now, depth=DEPTH).negatives
+        rows = hard_negatives(asked, corpus, positives, k=MEETING, guards=guards, known=now, depth=DEPTH).negatives
+        return torch.where(rows < 0, rows, torch.from_numpy(owner).to(rows)[rows])
 
     return mine
 
@@ -273,13 +275,10 @@ def write_rows(path: Path, names: list[str], words: list[list[str]], ids: list[l
     _write_table(ids_path(path), [f"{name}_id" for name in names], ids)
 
 
-def read_negatives(
-    path: Path, ids: Sequence[str], texts: Sequence[Sequence[str]] | None = None
-) -> Int64[Tensor, "n k"]:
-    """Each item's negatives as rows of all candidates in their order, −1 for none: what `WithNegatives` takes.
+def read_negatives(path: Path, ids: Sequence[str]) -> Int64[Tensor, "n k"]:
+    """The items that each item's negatives belong to, hardest first, −1 for none: what `Batches` takes as `beside`.
 
-    `ids` are the items'. Candidates are the items' `texts`, one row each, or the items themselves. Items that the file
-    does not know have none; a file of other data is refused.
+    `ids` are the items'. Those that the file does not know have none; a file of other data is refused.
     """
     for each in (path, ids_path(path)):
         if not each.is_file() or each.suffix.lower() not in SUFFIXES:
@@ -288,26 +287,19 @@ def read_negatives(
     negatives = [name for name in columns if name.startswith("negative")]
     if "anchor_id" not in names or not negatives or len(names["anchor_id"]) != len(columns[negatives[0]]):
         raise DataError(f"{path} and {ids_path(path)} are not what `twofold mine` wrote together. Mine again.")
-    place: dict[tuple[str, str], int] = {}
-    row = 0
-    for item, name in enumerate(ids):
-        for cell in texts[item] if texts is not None else ("",):
-            place.setdefault((name, cell), row)
-            row += 1
-    found: dict[str, dict[int, None]] = {name: {} for name in ids}
+    place = {name: item for item, name in enumerate(ids)}
+    found: list[dict[int, None]] = [{} for _ in ids]
     strangers = 0
     for name in negatives:
-        cells = columns[name] if texts is not None else [""] * len(columns[name])
-        for anchor, other, cell in zip(names["anchor_id"], names[f"{name}_id"], cells, strict=True):
-            at = place.get((str(other), str(cell)))
-            if anchor in found and at is not None:
-                found[str(anchor)][at] = None
+        for anchor, other in zip(names["anchor_id"], names[f"{name}_id"], strict=True):
+            if str(anchor) in place and str(other) in place:
+                found[place[str(anchor)]][place[str(other)]] = None
             else:
                 strangers += 1
-    most = max(map(len, found.values()))
+    most = max(map(len, found), default=0)
     if not most or strangers > len(negatives) * len(names["anchor_id"]) / 2:
         raise DataError(f"{path} was mined from other data: most of its negatives are not among these items.")
-    return torch.tensor([[*rows, *[-1] * (most - len(rows))] for rows in found.values()])
+    return torch.tensor([[*items, *[-1] * (most - len(items))] for items in found])
 
 
 def _write_table(path: Path, names: list[str], rows: list[list[str]]) -> None:
