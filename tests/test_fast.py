@@ -7,8 +7,8 @@ import onnx
 import pytest
 import torch
 
-from twofold.models import fast
-from twofold.models.encoders import VectorEncoder, fingerprint, image_encoder, inference, text_encoder
+from twofold.models import clips, fast
+from twofold.models.encoders import VectorEncoder, fingerprint, image_encoder, inference, text_encoder, video_encoder
 from twofold.models.fast import accelerate
 
 
@@ -46,6 +46,18 @@ def test_the_graph_is_made_once_and_again_for_other_weights(encoder, cache, monk
     assert [path.name for path in cache.iterdir()] == [f"{fingerprint(encoder)}.onnx"]
     monkeypatch.setattr(fast, "_export", lambda *_: pytest.fail("it was there"))
     assert accelerate(encoder, cache).engine == "onnxruntime"
+
+
+def test_clips_are_seen_frame_by_frame_by_the_graph_of_the_pictures(encoder, cache, monkeypatch):
+    monkeypatch.setattr(fast, "AT_ONCE", 5)
+    monkeypatch.setattr(clips, "AT_ONCE", 5)
+    watching = video_encoder(encoder, frames=4, tubelet=None)
+    quick = accelerate(watching, cache)
+    assert quick.engine == "onnxruntime" and len(list(cache.iterdir())) == 1
+    x = torch.rand(3, 4, 4, 32, 32)
+    expected = torch.stack([features(encoder, clip).mean(0) for clip in x])
+    for made in (quick(x), features(watching, x)):
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("harm", ["truncated", "another weight"])

@@ -28,7 +28,7 @@ from twofold.progress import Line
 BATCH = 64
 APART = 8  # items that one of several threads takes: so few that what it makes of them stays in its core's cache
 SHARD = 2048  # vectors made before they are written down: what a kill can cost
-FEW = 512  # contents; for fewer, exporting the encoder takes longer than running it as it is
+FEW = 512  # pictures, frames or texts; for fewer, exporting the encoder takes longer than running it as it is
 
 Progress = Callable[[int, int], None]
 Parts = Generator[tuple[list[int], np.ndarray], None, None]
@@ -79,7 +79,8 @@ def embed(
     failed: list[Skipped] = []
     names = [source.ids[owner[index]] for index in todo]
     chosen = [contents[index] for index in todo]
-    fast = accelerate(tower.encoder, runtime.cache_dir() / "onnx", threads=1) if len(todo) >= FEW else None
+    much = len(todo) * (tower.encoder.frames if isinstance(tower.encoder, ClipEncoder) else 1) >= FEW
+    fast = accelerate(tower.encoder, runtime.cache_dir() / "onnx", threads=1) if much else None
     several = fast is not None and fast.engine == "onnxruntime"
     run = _runner(tower.encoder, fast)
     unit = f"{modality}s" if modality in ("image", "text") else "items"

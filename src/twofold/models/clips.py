@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -14,6 +15,10 @@ from twofold.models.base import Encoder
 from twofold.models.images import ImageEncoder, pixels
 from twofold.models.tokens import ClipTokens
 
+AT_ONCE = (
+    64  # frames that a picture encoder sees together, where nothing is learned: 64 clips of 16 would take gigabytes
+)
+
 
 class FrameTokens(nn.Module):
     """The features of each frame of clips [b, t, c, h, w], of which a picture encoder sees one at a time."""
@@ -23,7 +28,9 @@ class FrameTokens(nn.Module):
         self.picture, self.dim = picture, picture.dim
 
     def forward(self, x: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t {self.dim}"]:
-        return self.picture(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        frames = x.flatten(0, 1)
+        together = len(frames) if self.training or torch.is_grad_enabled() else AT_ONCE
+        return torch.cat([self.picture(some) for some in frames.split(together)]).unflatten(0, x.shape[:2])
 
 
 class ClipEncoder(Encoder):

@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twofold.data.atomic import write_atomically
+from twofold.models.clips import AT_ONCE, ClipEncoder, FrameTokens
 from twofold.models.encoders import Encoder, ImageEncoder, TextEncoder, device_of, fingerprint, inference
 
 log = logging.getLogger("twofold")
@@ -51,6 +52,8 @@ def accelerate(encoder: Encoder, cache: Path, *, threads: int | None = None) -> 
     device = device_of(encoder)
     if device.type != "cpu":
         return Fast(_eager(encoder), "eager", f"the encoder is on {device}")
+    if isinstance(encoder, ClipEncoder) and isinstance(encoder.tokens, FrameTokens):
+        return _averaged(accelerate(encoder.tokens.picture, cache, threads=threads))
     if not isinstance(encoder, ImageEncoder | TextEncoder):
         return Fast(_eager(encoder), "eager", "no graph is made of such an encoder")
     path = cache / f"{fingerprint(encoder)}.onnx"
@@ -65,6 +68,17 @@ def accelerate(encoder: Encoder, cache: Path, *, threads: int | None = None) -> 
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
     log.warning("%s runs in PyTorch, slower than in ONNX Runtime: %s", encoder.spec["name"], reason)
     return Fast(_eager(encoder), "eager", reason)
+
+
+def _averaged(picture: Fast) -> Fast:
+    """Of clips what a picture encoder makes of their frames, averaged, as `ClipEncoder` does."""
+
+    def run(x: Inputs) -> Tensor:
+        assert isinstance(x, Tensor)
+        frames = torch.cat([picture(some) for some in x.flatten(0, 1).split(AT_ONCE)])
+        return frames.unflatten(0, x.shape[:2]).mean(1)
+
+    return replace(picture, run=run)
 
 
 def _eager(encoder: Encoder) -> Callable[[Inputs], Tensor]:
