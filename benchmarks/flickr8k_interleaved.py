@@ -80,12 +80,43 @@ def main() -> None:
         print(f"{name}: {nats:.3f} nats a token, perplexity {math.exp(nats):.1f}", flush=True)
 
     bundle = Bundle.load(runs / "with-pictures" / "bundle")
+    if "saved by pictures" not in file.held:
+        blind = Bundle.load(runs / "words-alone" / "bundle")
+        file.add("saved by pictures", _saved(bundle, blind, test))
+        print(file.held["saved by pictures"], flush=True)
     if "captions" not in file.held:
         file.add("captions", _captions(bundle, train, test, runs))
     if "reranking" not in file.held:
         aligned = align(data, out=runs / "towers", recipe=Recipe()).bundle
         file.add("reranking", _reranking(bundle, aligned, val, test, arguments.asked))
         print(json.dumps(file.held["reranking"], indent=1))
+
+
+def _saved(bundle: Bundle, blind: Bundle, test: Source) -> dict[str, Any]:
+    """Nats a token that the test pictures save, each caption by itself; intervals draw pictures."""
+    assert test.texts is not None
+    seeing, other = reader_of(bundle), reader_of(blind)
+    saved, tokens = [], []
+    for texts, patches in zip(test.texts, _patches(seeing, test), strict=True):
+        with_it = seeing.likelihood(list(texts), patches.expand(len(texts), -1, -1))
+        saved.append(float((with_it.nats - other.likelihood(list(texts)).nats).sum()))
+        tokens.append(int(with_it.tokens.sum()))
+    nats, count = np.array(saved), np.array(tokens)
+    draws = np.random.default_rng(0).integers(len(nats), size=(2000, len(nats)))
+    low, high = np.quantile(nats[draws].sum(1) / count[draws].sum(1), (0.025, 0.975))
+    return {
+        "nats a token": nats.sum() / count.sum(),
+        "95 %": [low, high],
+        "pictures that save": float((nats > 0).mean()),
+    }
+
+
+def _patches(model: Any, source: Source) -> torch.Tensor:
+    """What the picture encoder makes of all pictures, [n, patches, dim]."""
+    assert source.images is not None
+    with torch.no_grad():
+        ready = ([model.prepare(each) for each in source.images[at : at + 32]] for at in range(0, len(source), 32))
+        return torch.cat([model.eye(model.batch(some)) for some in ready])
 
 
 def _captions(bundle: Bundle, train: Source, test: Source, runs: Path) -> dict:
@@ -167,13 +198,7 @@ def _first(bundle: Bundle, towers: Bundle, source: Source, asked: int) -> tuple[
     queries = texts.matrix[texts.offsets[:-1]][:asked]
     logits = 25.0 * queries @ images.matrix.T
     top = np.argsort(-logits, axis=1)[:, :TOP]
-    assert source.images is not None
-    with torch.no_grad():
-        seen = []
-        for start in range(0, len(source), 32):
-            ready = [model.prepare(picture) for picture in source.images[start : start + 32]]
-            seen.append(model.eye(model.batch(ready)))
-        patches = torch.cat(seen)
+    patches = _patches(model, source)
     nats = np.empty(top.shape)
     for row, own in enumerate(top):
         nats[row] = model.likelihood([source.texts[row][0]] * TOP, patches[own]).nats.numpy()

@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clips", type=int, default=4000, help="to learn from; a quarter to test (default: 4000)")
-    parser.add_argument("--steps", type=int, default=3000, help="default: 3000")
+    parser.add_argument("--steps", type=int, default=2000, help="default: 2000")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--runs", type=Path, default=Path("runs/vjepa_motion"))
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"where the figures go (default: {RESULTS.name})")

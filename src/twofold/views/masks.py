@@ -129,9 +129,9 @@ def tubes(
 def ahead(rows: int, grid: Sequence[int], *, share: float = 0.5, draw: torch.Generator) -> Masked:
     """The last `share` of a clip's time is hidden whole, and all that was before it is seen.
 
-    Of V-JEPA's causal masks (arXiv 2404.08471, appendix; `max_temporal_keep` in its code) what is left where no tubes
-    are cut. `grid` is (time, height, width); int(time · (1 − share)) of its moments are seen, one at least. Nothing is
-    drawn.
+    Of V-JEPA's causal masks (arXiv 2404.08471, section 4.4; `max_temporal_keep` in its code) what is left where no
+    tubes are cut. `grid` is (time, height, width); int(time · (1 − share)) of its moments are seen, one at least.
+    Nothing is drawn.
     """
     time, *space = grid
     if not 0 < share < 1 or time < 2:
