@@ -419,3 +419,12 @@ def test_what_no_modality_can_be_made_of_is_told(photos):
         Source("x", ["a"], columns={"text": Column("text", [["p"]])})
     with pytest.raises(DataError, match="1 ids and 2 speech"):
         Source("x", ["a"], columns={"speech": Column("audio", [b"", b""])})
+
+
+def test_a_sample_of_sorted_data_has_all_classes_and_grows_by_what_it_had():
+    labels = np.repeat(np.arange(5), 40)
+    source = Source("sorted", [f"{i:03}" for i in range(200)], texts=[["a"]] * 200, labels=labels)
+    some, more = source.sample(50), source.sample(100)
+    assert np.bincount(some.labels).min() >= 4 and some.ids == sorted(some.ids)
+    assert set(some.ids) < set(more.ids) and source.sample(50).ids == some.ids
+    assert source.sample(None) is source is source.sample(200)

@@ -37,7 +37,7 @@ def doctor(
         data: items to look at with the encoders: embeddings, classes, negatives, neighbours
         against: another run, bundle or encoder on the same data: how alike they are, what each finds better
         out: the page; RUN/doctor.html where it is not given. One that ends in .md holds words and figures
-        limit: look at the first so many items
+        limit: look at so many items, drawn at random
         temperature: of the microscope, instead of the run's own
         images: where the manifest's files are, if not beside it
         json: print the result as JSON, without the pictures

@@ -51,7 +51,7 @@ def evaluate(
         suite: several labelled data sets instead of --data: a TOML file of [[data]] with name, path and, for pictures
             of another domain, fit = the name of the set that probes learn from
         split: what is tested on; probes are fitted on "train"
-        limit: fit the probes on the first so many items of "train"
+        limit: fit the probes on so many items of "train", drawn at random
         at: head: measure behind the head of the training, too; what it throws away, the encoder still has. layer:3:
             measure at the third layer, too
         attentive: read the tokens of the encoder too, all of which are held in memory

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import torch
 
 from twofold import runtime
 from twofold.data.tables import READERS, Columns, read_json, read_text
@@ -147,6 +148,15 @@ class Source:
         others = {name: Column(column.kind, rows(column.cells)) for name, column in self.columns.items()}
         meta = {name: rows(column) for name, column in self.meta.items()}
         return Source(self.name, classes=self.classes, columns=others, meta=meta, **columns)
+
+    def sample(self, count: int | None) -> "Source":
+        """At most `count` items in their order, drawn at random but always the same: what is first is often one class.
+
+        A smaller sample is part of a larger one. None is all of them.
+        """
+        if count is None or count >= len(self):
+            return self
+        return self.take(sorted(torch.randperm(len(self), generator=runtime.generator("sample"))[:count].tolist()))
 
     def split(self, name: str) -> "Source":
         """The items of one split; `val` may also be called `valid`, `validation` or `dev`."""

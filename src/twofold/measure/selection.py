@@ -160,7 +160,7 @@ def looked_at(
     pictures are embedded, and four views of the first 512.
     """
     found = {}
-    source = source.take(range(min(limit, len(source))))
+    source = source.sample(limit)
     for name, bundle in models.items():
         tower = bundle.tower("image")
         if not isinstance(tower.encoder, ImageEncoder):

@@ -6,7 +6,7 @@ A suite is a TOML file; paths are beside it:
     name = "scenes"
     path = "rsscn7"
     split = "test"        # what is tested on; "test" where it is not said
-    limit = 2000          # probes learn from the first so many items of "train"
+    limit = 2000          # probes learn from so many items of "train"
 
     [[data]]
     name = "scenes in gray"
@@ -65,7 +65,7 @@ def task(name: str, source: Source, *, split: str = "test", limit: int | None = 
             f"probes that learned on its split train read on {split}."
         )
     train = source.split("train")
-    return Task(name, train.take(range(min(limit or len(train), len(train)))), source.split(split))
+    return Task(name, train.sample(limit), source.split(split))
 
 
 def read_suite(path: Path | str) -> list[Task]:

@@ -456,7 +456,7 @@ def _seen(picture: ImageEncoder, trained: Source, held: Source, setting: Setting
     """Features of both parts, without augmentation."""
     plain = replace(policies("none")[0], size=picture.size, mean=(), std=())
     parts = []
-    for part in (trained.take(range(min(setting.limit or len(trained), len(trained)))), held):
+    for part in (trained.sample(setting.limit), held):
         shown = pictures(part, picture.size, setting)
         z = features(picture, plain, torch.from_numpy(np.array(shown.pixels)), runtime.generator("plain"))
         parts.append((z, _labels(part, shown.kept)))
@@ -552,7 +552,7 @@ def _baselines(
 
         kind = " transformer" if len(settings) > 1 and spec.startswith("timm:vit") else ""
         rows.append(_baseline(f"untrained{kind}", those, lines, untrained))
-    bank = trained.take(range(min(first.limit or len(trained), len(trained))))
+    bank = trained.sample(first.limit)
     side = min(THUMBNAIL, first.size or THUMBNAIL)
     known: dict[str, Any] = {
         "baseline": "pixels",

@@ -128,7 +128,7 @@ def _score(folder: Path, trained: Source, held: Source, judges: Sequence[Policy]
         "alignment": float(np.mean(pairs)),
     }
     if labels is not None and trained.labels is not None:
-        bank = trained.take(range(min(setting.limit or len(trained), len(trained))))
+        bank = trained.sample(setting.limit)
         known_pictures = pictures(bank, encoder.size, setting)
         z = features(encoder, plain, torch.from_numpy(np.array(known_pictures.pixels)), draw)
         bank_labels = bank.take(known_pictures.kept).labels

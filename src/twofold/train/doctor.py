@@ -134,7 +134,7 @@ def doctor(
     seed: int = 0,
     quiet: bool = False,
 ) -> Doctored:
-    """Examine a run by its log, and with `data` what its encoders make of the first `limit` items and their views.
+    """Examine a run by its log, and with `data` what its encoders make of at most `limit` items and their views.
 
     A bundle without a run, or an encoder by its name, is looked at by data alone. Views are those the run trained with.
     The microscope looks behind the training's head, at the run's temperature where it has one, else at `temperature` or
@@ -165,7 +165,7 @@ def doctor(
             raise UsageError("Two encoders are compared on data: give --data.")
         return done
     bundle = Bundle.of(run, heads=True)
-    data = data.take(range(min(limit, len(data))))
+    data = data.sample(limit)
     if "image" in bundle.towers and len(bundle.towers) == 1:
         done = _of_pictures(done, bundle, _method(place, done.record), data, temperature, seed, quiet)
     else:

@@ -31,9 +31,7 @@ def held_out(source: Source) -> tuple[Source, Source]:
     if len(held) < 2:
         raise DataError(f"{source.name} has {len(source)} items: too few to hold some out.")
     some = torch.randperm(len(held), generator=draw).tolist()[:HELD_OUT]
-    # Shuffled, for `Setting.limit` takes the first so many.
-    order = torch.randperm(len(trained), generator=draw).tolist()
-    return replace(trained.take(order), splits=None), replace(held.take(sorted(some)), splits=None)
+    return replace(trained, splits=None), replace(held.take(sorted(some)), splits=None)
 
 
 def pictures(source: Source, size: int, setting: Setting) -> Decoded:

@@ -56,7 +56,7 @@ class Setting:
     batch: int = 256  # over all processes
     per_class: int = 0  # this many items of a class come together in a batch; 0: as it happens
     epochs: int = 100
-    limit: int | None = None  # use the first so many items
+    limit: int | None = None  # use at most so many items
     seed: int = 0
     save_every: int = 100  # steps
     on_error: Literal["skip", "raise"] = "skip"
@@ -197,7 +197,7 @@ def _usable(name: str, needs: Sequence[str], source: Source, limit: int | None) 
                 "or a manifest with a `label` column. Without labels there are simclr, and triplet with --no-labels."
             )
         source = source.take(np.flatnonzero(source.labels >= 0))
-    source = source.take(range(min(limit or len(source), len(source))))
+    source = source.sample(limit)
     if "label" in needs and len(set(source.labels if source.labels is not None else ())) < 2:
         raise DataError(
             f"{name} learns to tell classes apart; the {len(source)} labelled items that it was given of {source.name} "
