@@ -89,7 +89,7 @@ def evaluate(
     """Measure `bundle` on one split of `data` (on all of it where it names none, if no labels need a training split).
 
     Labelled pictures or videos: a kNN and a linear probe, class means of 1, 5 and 10 examples, linear probes of 1 % and
-    10 % of the labels, in many draws, are fitted on the split "train" (at most `limit` items of it) and tested on `split`;
+    10 % of the labels, in many draws, are fitted on the split "train" (at most `limit` items) and tested on `split`;
     among the items of `split`, which find others of their label, and which clusters are their labels. `attentive` adds
     a probe of the encoder's tokens, which are held in memory, and `fine_tune` one that trains the encoder along
     (`twofold.train.fine_tune.fine_tune`). `at="head"` measures behind the training head as well, where the loss was
