@@ -164,6 +164,7 @@ def doctor(
         if against is not None:
             raise UsageError("Two encoders are compared on data: give --data.")
         return done
+    runtime.keep_freed_memory()
     bundle = Bundle.of(run, heads=True)
     data = data.sample(limit)
     if "image" in bundle.towers and len(bundle.towers) == 1:
