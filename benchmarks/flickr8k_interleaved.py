@@ -31,6 +31,7 @@ from twofold.data.sources import Source, open_source
 from twofold.measure.captions import cider
 from twofold.measure.embed import embed
 from twofold.measure.likelihood import caption, reader_of
+from twofold.measure.metrics import unit_rows
 from twofold.models.bundle import Bundle
 from twofold.train.align import Recipe, align
 from twofold.train.interleave import Reading, cost, interleave, lay, without_pictures
@@ -195,8 +196,8 @@ def _first(bundle: Bundle, towers: Bundle, source: Source, asked: int) -> tuple[
     images = embed(towers.tower("image"), source, "image")
     texts = embed(towers.tower("text"), source, "text")
     assert texts.offsets is not None
-    queries = texts.matrix[texts.offsets[:-1]][:asked]
-    logits = 25.0 * queries @ images.matrix.T
+    queries = unit_rows(texts.matrix[texts.offsets[:-1]][:asked])
+    logits = (25.0 * queries @ unit_rows(images.matrix).T).numpy()
     top = np.argsort(-logits, axis=1)[:, :TOP]
     patches = _patches(model, source)
     nats = np.empty(top.shape)
