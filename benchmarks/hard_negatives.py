@@ -45,6 +45,7 @@ from twofold.train.optim import Optimizer
 
 RESULTS = Path(__file__).parent / "results" / "hard_negatives.json"
 COUNTED, K, GROUP, EVERY = 5, 30, 8, 1  # negatives whose truth is counted, those mined to meet; epochs between minings
+HEADS = {"hidden": 512, "dim": 256}
 PASSES = {16: 4, 64: 10}  # epochs by the size of a batch: 1,500 and 930 steps of Flickr8k's 6,000 pictures
 
 
@@ -142,7 +143,7 @@ def trained(
 def head(features: Tensor) -> nn.Sequential:
     """As `twofold align --hidden 512 --dim 256` builds it."""
     standard = Standardize(features.shape[1]).measure(features)
-    layers = mlp(features.shape[1], 512, 256, norm="none", activation="gelu", dropout=0.5)
+    layers = mlp(features.shape[1], HEADS["hidden"], HEADS["dim"], norm="none", activation="gelu", dropout=0.5)
     return nn.Sequential(standard, nn.Dropout(0.25), *layers)
 
 
@@ -258,7 +259,7 @@ def main() -> None:
         "question": "recall on held-out pictures by how those that meet in a batch were mined",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {name: version(name) for name in ("torch", "timm", "transformers", "twofold")},
-        "setting": {"epochs by batch": PASSES, "mined": K, "group": GROUP, "refreshed_epochs": EVERY},
+        "setting": {"epochs by batch": PASSES, "mined": K, "group": GROUP, "refreshed_epochs": EVERY, "heads": HEADS},
         "guards": vars(Guards()),
     }
     for name in arguments.data:

@@ -18,7 +18,7 @@ def mine(arguments: list[str]) -> None:
     sentence-transformers trains with; FILE.ids beside it says which items they are, for `twofold align --negatives`.
 
     examples:
-      twofold mine captions.csv --model runs/b --out hard.jsonl --count 30
+      twofold mine captions.csv --model runs/b --out hard.jsonl --count 30 --triplets
       twofold mine products.csv --model runs/b --out hard.csv --same brand
       twofold align captions.csv --out runs/c --objective clip --batch 16 --negatives hard.jsonl
       twofold mine --feedback photos.index --out clicks.jsonl
