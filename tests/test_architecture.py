@@ -15,7 +15,7 @@ SRC = Path(twofold.__file__).parent
 # From the ground up. A module may import from its own row and from the rows above it in this list.
 ROWS = [
     {"errors"},
-    {"runtime", "progress"},
+    {"runtime", "progress", "cluster"},
     {"objectives", "data", "views", "mining"},
     {"models"},
     {"methods", "measure"},
