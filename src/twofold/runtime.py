@@ -40,6 +40,12 @@ def keep_freed_memory() -> None:
             ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
+def give_memory_back() -> None:
+    """Give the system what was freed and kept: before the peak of something is measured."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
 
 

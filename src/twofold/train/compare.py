@@ -438,6 +438,7 @@ def _peak() -> Iterator[dict[str, float]]:
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     else:
+        runtime.give_memory_back()
         with contextlib.suppress(OSError):  # other than Linux
             Path("/proc/self/clear_refs").write_text("5")
             counted = True
