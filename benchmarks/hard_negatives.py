@@ -7,7 +7,7 @@ data. A first model is trained on batches by chance (`none`) and mines; others o
 mined: items that are hard to tell apart meet, pictures and texts alike, in groups of eight. `by chance` are groups of
 other items; `refreshed` mines by itself, each epoch anew. All visit the same items as often, in as many steps.
 
-The group size and the number mined were chosen on Flickr8k's validation pictures with seeds 100 to 102 (`--split val`).
+Size of groups and number of candidates were chosen on Flickr8k's validation pictures, seeds 100 to 102 (`--split val`).
 OpenMoji's skin tones tell what of the mined is false: variants of one emoji differ in them alone.
 """
 
@@ -40,7 +40,7 @@ from twofold.models.encoders import encoder
 from twofold.models.heads import Standardize, mlp
 from twofold.train.align import linked
 from twofold.train.loop import fit
-from twofold.train.mine import normalised
+from twofold.train.mine import DEEP, DEPTH, normalised
 from twofold.train.optim import Optimizer
 
 RESULTS = Path(__file__).parent / "results" / "hard_negatives.json"
@@ -93,10 +93,10 @@ def embedded(head: nn.Module, x: Tensor) -> Tensor:
     return nn.functional.normalize(head(x), dim=1)
 
 
-def mined(train: Part, heads: nn.ModuleDict, guards: Guards) -> Mined:
+def mined(train: Part, heads: nn.ModuleDict, guards: Guards, depth: int = DEEP) -> Mined:
     images, texts = embedded(heads["image"], train.images), embedded(heads["text"], train.texts)
     about = Known() if guards == NAIVE else known(train, heads)
-    return hard_negatives(images, texts, train.positives(), k=K, guards=guards, known=about)
+    return hard_negatives(images, texts, train.positives(), k=K, guards=guards, known=about, depth=depth)
 
 
 def items_of(train: Part, rows: Tensor) -> Tensor:
@@ -212,6 +212,7 @@ def measure(
     found: dict[str, Callable[[], Mined]] = {
         "naive": lambda: mined(train, first, NAIVE),
         "guarded": lambda: mined(train, first, Guards()),
+        "guarded, 100 deep": lambda: mined(train, first, Guards(), depth=DEPTH),
     }
     if name == "openmoji":
         found["family rule"] = lambda: by_family(train, first)
@@ -259,7 +260,14 @@ def main() -> None:
         "question": "recall on held-out pictures by how those that meet in a batch were mined",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {name: version(name) for name in ("torch", "timm", "transformers", "twofold")},
-        "setting": {"epochs by batch": PASSES, "mined": K, "group": GROUP, "refreshed_epochs": EVERY, "heads": HEADS},
+        "setting": {
+            "epochs by batch": PASSES,
+            "mined": K,
+            "group": GROUP,
+            "candidates": DEEP,
+            "refreshed_epochs": EVERY,
+            "heads": HEADS,
+        },
         "guards": vars(Guards()),
     }
     for name in arguments.data:

@@ -555,7 +555,7 @@ def test_a_model_mines_its_own_negatives_as_it_learns(tmp_path, no_training):
     )
     own = [[item] for item in range(len(train))]
     known = Known(same={"item": range(len(train))}, alike={"a": first})
-    found = hard_negatives(first, second, own, k=30, known=known)
+    found = hard_negatives(first, second, own, k=30, known=known, depth=400)
     assert torch.equal(method.mine(method), found.negatives) and (found.negatives >= 0).any()
     with pytest.raises(UsageError, match="takes frozen encoders"):
         texts = words([[f"a thing {i}", f"the thing {i}"] for i in range(40)])

@@ -33,6 +33,7 @@ from twofold.progress import Line
 PRINT_SIDE = 32  # pixels a side of what perceptual hashes are taken of
 COUNT = 5  # negatives of each anchor
 MEETING = 30  # those that a model mines for itself: some of them belong to one item, or have met others already
+DEEP = 400  # candidates that it looks at: the right answer of a model that still learns ranks low, and guards go by it
 DEPTH = 100  # candidates of each that are looked at
 Miner = Callable[[Method], Int64[Tensor, "n k"]]
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -208,7 +209,7 @@ def miner(source: Source, features: Mapping[Modality, Embedded], guards: Guards 
             corpus = towers[second](torch.from_numpy(answers.matrix).to(device))
         alike = {first: asked[torch.from_numpy(owner).to(device)]}
         now = replace(known, alike=alike)
-        rows = hard_negatives(asked, corpus, positives, k=MEETING, guards=guards, known=now, depth=DEPTH).negatives
+        rows = hard_negatives(asked, corpus, positives, k=MEETING, guards=guards, known=now, depth=DEEP).negatives
         return torch.where(rows < 0, rows, torch.from_numpy(owner).to(rows)[rows])
 
     return mine
