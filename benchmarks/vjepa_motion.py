@@ -67,7 +67,7 @@ def make(seed: int, **options: float) -> VJEPA:
 
 def tokens_of(model: Any, clips: torch.Tensor) -> torch.Tensor:
     with inference(model):
-        return torch.cat([model(some.float() / 255) for some in clips.split(100)])
+        return torch.cat([model(some.float() / 255) for some in clips.split(20)])
 
 
 def probed(model: Any, parts: dict[str, Source]) -> dict[str, Any]:
