@@ -1,6 +1,6 @@
 """MAE, I-JEPA or SimCLR? What a small vision transformer learns of CIFAR-10 from each, in the same time of a core.
 
-    python benchmarks/latents_cifar10.py CIFAR10_FOLDER                     # two seeds; about 40 minutes of one thread
+    python benchmarks/latents_cifar10.py CIFAR10_FOLDER                   # two seeds; about 50 minutes of a quiet core
     python benchmarks/latents_cifar10.py CIFAR10_FOLDER --methods ijepa --seeds 0
     python benchmarks/latents_cifar10.py CIFAR10_FOLDER --limit 300 --epochs 1 --runs /tmp/a --out /tmp/a.json   # tiny
 
