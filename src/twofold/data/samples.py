@@ -111,9 +111,9 @@ def motion(
 
     It goes 1 or 2 pixels a frame (`meta["speed"]`), and its label is the direction. The same emoji drift in every
     direction, those of the test set are none of the training set's, and the canvas has no edge: what leaves on one side
-    comes in on the other. So a single frame says nothing, and all frames without their order cannot tell a direction
-    from its opposite, for a clip shown backwards is as likely as it is forwards: who reads no motion is right in a
-    quarter of all cases at most.
+    comes in on the other. So a single frame says nothing, and all frames without their order may tell a line but not
+    which way along it, for a clip shown backwards is as likely as it is forwards: without their order, half of all
+    cases can be right at most.
     """
     emoji = openmoji()
     splits, counts = ("train", "test"), {"train": train, "test": test}
