@@ -171,7 +171,7 @@ def test_items_without_a_label_are_left_out_or_missed(labelled, tmp_path, capsys
     with pytest.raises(DataError, match=r"supcon learns from labels; .* has none.*one subfolder a class.*simclr"):
         run(None, setting=setting)
     with pytest.raises(DataError, match=r"the 10 labelled items .* are all of one"):
-        run(source.labels, setting=dataclasses.replace(setting, limit=10))
+        run(np.zeros_like(source.labels), setting=dataclasses.replace(setting, limit=10))
     assert main(["train", "simclr", str(labelled), "--out", str(tmp_path / "x"), "--per-class", "4"]) == 2
     assert "for methods that learn from labels" in capsys.readouterr().err
 

@@ -27,7 +27,7 @@ from twofold.retrieve.explain import explain
 from twofold.retrieve.feedback import Click, Feedback
 from twofold.retrieve.fit_fusion import fit_fusion
 from twofold.retrieve.index import Index, index, search
-from twofold.retrieve.modalities import FRAMES, found_by, towers_of
+from twofold.retrieve.modalities import FRAMES, found_by, left_out, towers_of
 from twofold.retrieve.retriever import in_turn
 from twofold.retrieve.snapshot import read_head
 from twofold.retrieve.store import Hit, Place
@@ -119,7 +119,7 @@ def test_frames_are_spread_over_all_of_a_clip():
     assert windows(np.array([3]), FRAMES, LONGEST)[0].tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
 
 
-def test_a_manifest_of_mixed_rows_needs_no_word(things, out, untrained, tmp_path):
+def test_a_manifest_of_mixed_rows_is_one_index_where_that_is_asked_for(things, out, untrained, tmp_path):
     manifest = things / "all.csv"
     manifest.write_text(
         "image,caption,video\n"
@@ -129,8 +129,10 @@ def test_a_manifest_of_mixed_rows_needs_no_word(things, out, untrained, tmp_path
         "pictures/2.png,,clips/0.mkv\n"
         ",,\n"
     )
-    built = index(manifest, model=untrained, out=out)
-    assert read_head(out).modalities == ("image", "video", "text"), "texts come last"
+    alone = index(manifest, model=untrained, out=out)
+    assert (read_head(out).modality, alone.items) == ("image", 2), "unasked, nothing else has its turn in every answer"
+    assert left_out(open_source(manifest), ["image"]) == {"video": 1, "text": 1}
+    built = index(manifest, model=untrained, out=out, modality="image,video,text", existing="replace")
     assert (built.items, [reason for _, reason in built.skipped]) == (4, ["has no image and no video and no text"])
     with Index.open(out) as opened:
         found = {name: meta["modality"] for name, meta in opened.items()}
@@ -167,7 +169,7 @@ def test_a_model_that_cannot_read_a_modality_leaves_it_out_or_says_so(things, ou
     with torch.random.fork_rng():
         pictures = Bundle({"image": image_encoder("timm:resnet18/4", size=32, small_stem=True)})
     source = open_source(things, kinds=("image", "text", "video"))
-    built = Index.build(source, pictures, out, texts="none")
+    built = Index.build(source, pictures, out, modality=["image", "video"], texts="none")
     assert read_head(out).modalities == ("image", "video") and built.items == 8
     with pytest.raises(UsageError, match="no text tower"):
         Index.build(source, pictures, out, modality=ALL, existing="replace")
@@ -243,7 +245,7 @@ def test_an_item_that_gets_a_picture_is_found_by_it_from_then_on(untrained, out,
     def source(picture):
         return Source("s", ["a", "b"], images=[picture, things / "pictures" / "1.png"], texts=[["a dog"], []])
 
-    Index.build(source(b""), untrained, out, texts="none")
+    Index.build(source(b""), untrained, out, modality=["image", "text"], texts="none")
     assert read_head(out).modality == "image,text"
     built = Index.build(source(things / "pictures" / "0.png"), untrained, out)
     assert (built.changed, built.embedded) == (1, 1)
@@ -276,7 +278,7 @@ def test_the_same_words_in_two_columns_have_the_vector_of_their_own_tower(untrai
     bundle = Bundle({"text": untrained.towers["text"], "title": title})
     cells = Column("text", [["a dog"], []])
     source = Source("both", ["a", "b"], texts=[[], ["a dog"]], columns={"title": cells})
-    Index.build(source, bundle, out, texts="none")
+    Index.build(source, bundle, out, modality="text,title", texts="none")
     assert read_head(out).modality == "text,title"
     with Index.open(out) as opened:
         vectors = opened.store.vectors(["a", "b"])
@@ -419,6 +421,6 @@ def test_the_middle_frame_is_kept_of_any_clip(things):
 def test_clips_of_arrays_and_damaged_ones(out, untrained):
     clips = Column("video", [clip(1), b"", clip(2)[:1]])
     source = Source("arrays", ["a", "b", "c"], texts=[[], ["words"], []], columns={"video": clips})
-    built = Index.build(source, untrained, out, texts="none")
+    built = Index.build(source, untrained, out, modality="video,text", texts="none")
     assert read_head(out).modality == "video,text" and [name for name, _ in built.skipped] == ["c"]
     assert built.items == 2

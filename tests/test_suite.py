@@ -258,5 +258,5 @@ def test_the_verb_measures_models_beside_each_other(tmp_path, capsys):
     assert main(["evaluate", drawn, models[0], "--data", str(tmp_path / "data"), "--no-baselines", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["found"].values()
     assert list(found) == [drawn, "a"], "an encoder goes by its whole name"
-    assert main(["evaluate", "nothing", "--data", str(tmp_path / "data")]) == 2
-    assert "no encoder 'nothing'" in (said := capsys.readouterr().err) and "folder of that name is not here" in said
+    assert main(["evaluate", "nothing", "--data", str(tmp_path / "data")]) == 1
+    assert "nothing is no folder here" in (said := capsys.readouterr().err) and "no encoder 'nothing'" in said

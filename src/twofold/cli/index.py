@@ -69,8 +69,8 @@ def index(
         texts: what embeds the items' texts into a space of their own: minilm, hf:/folder, gemini, gemini:1536 (asks
             Google and costs money), or none; an index goes on as it is, a new one takes minilm if there are texts
         modality: what items are found by: a column, or several, image,text,video, of which each item takes the first
-            that it has; the default is what the model can embed and some item needs. Of a folder, several take all
-            files of these kinds. Clips of a model without a video tower are read by its picture tower
+            that it has; the default is the one that most items have and the model can embed. Of a folder, several take
+            all files of these kinds. Clips of a model without a video tower are read by its picture tower
         part: embed this part of the source only, 0/8 to 7/8 or what torchrun and SLURM say (auto), and make no index:
             when all parts are done, the same command without --part makes it
         ray: embed on this Ray cluster: local, auto or ray://host:10001; machines share the folders
@@ -117,6 +117,8 @@ def index(
         if ray:
             _on_ray(opened, model, out, ray, existing, modality, on_error, json)
         from twofold.retrieve.index import index
+        from twofold.retrieve.modalities import left_out
+        from twofold.retrieve.snapshot import read_head
         from twofold.retrieve.text_embedders import text_embedder
 
         kept = _kept(store, hnsw, out)
@@ -137,6 +139,12 @@ def index(
             print_json(dataclasses.asdict(built))
             return
         print_skipped(built.skipped)
+        modalities = read_head(out).modalities
+        for other, count in left_out(opened, modalities).items():
+            print(
+                f"  {count:,} more items could be found by {other}: "
+                f"--modality {','.join([*modalities, other])} --existing replace"
+            )
         print(
             f"  {built.items:,} items in {out}: {built.added:,} added, {built.changed:,} changed, "
             f"{built.removed:,} removed, {built.embedded:,} embedded\n"

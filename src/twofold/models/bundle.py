@@ -260,7 +260,9 @@ class Bundle:
             try:
                 return cls({"image": encoder(str(name), "image").to(runtime.device())})
             except UsageError as error:
-                raise UsageError(f"{error} A bundle's or run's folder of that name is not here either.") from error
+                if ":" in str(name):
+                    raise
+                raise BundleError(f"{name} is no folder here of a bundle or run. {error}") from error
 
     @classmethod
     def load(cls, folder: Path | str, *, device: torch.device | str | None = None, heads: bool = False) -> "Bundle":

@@ -41,7 +41,7 @@ from twofold.retrieve.engines import Kept
 from twofold.retrieve.fusion import FUSION, Fusion
 from twofold.retrieve.modalities import (
     MODALITY,
-    embeddable,
+    default_modality,
     fingerprint_of,
     kinds_of,
     named,
@@ -458,10 +458,10 @@ def begun(
 ) -> tuple[Head | None, Head]:
     """What index.json says, if there is an index, and what it shall say; refuses another model's vectors among its own.
 
-    Items go by `modality`, by that of the index, or by what the bundle can embed of the source.
+    Items go by `modality`, by that of the index, or by the one that most items have and the bundle can embed.
     """
     was = read_head(path) if (path / "index.json").exists() else None
-    modalities = named(modality) or (was.modalities if was else embeddable(source, bundle))
+    modalities = named(modality) or (was.modalities if was else (default_modality(source, bundle),))
     head = _new_head(source, bundle, modalities, was, store)
     if was and existing != "replace":
         if was.modality != head.modality:

@@ -7,6 +7,7 @@ need no tower of their own: where the model has none, its picture tower reads fr
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,14 +62,24 @@ def fingerprint_of(prints: Mapping[Modality, str]) -> str:
     return hashlib.blake2b(json.dumps(prints, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def embeddable(source: Source, bundle: Bundle) -> tuple[Modality, ...]:
-    """The modalities that items of `source` are found by if nothing is said: of those that the bundle can embed, which
-    some item needs. Texts come last, for they often only tell of the others."""
+def default_modality(source: Source, bundle: Bundle) -> Modality:
+    """What items are found by if nothing is said: of what the bundle can embed, what most items of `source` have.
+
+    Texts, which often only tell of the others, where there is nothing else. Several modalities are never taken unasked:
+    a few rows without a picture would have their turn in every answer.
+    """
     kinds = source.modalities
     known = [name for name in kinds if name in bundle.towers or (kinds[name] == "video" and picture_tower(bundle))]
-    known.sort(key=lambda name: kinds[name] == "text")
-    needed = {name for name in found_by(source, known) if name is not None}
-    return tuple(name for name in known if name in needed) or (next(iter(known or kinds), "image"),)
+    having = {name: sum(map(has, source.column(name).cells)) for name in known}
+    first = next(iter(kinds), "image")
+    return max(known, key=lambda name: (having[name] > 0, kinds[name] != "text", having[name]), default=first)
+
+
+def left_out(source: Source, modalities: Sequence[Modality]) -> Counter[Modality]:
+    """How many of the items that have none of `modalities` could be found by which other one; texts last."""
+    others = sorted(set(source.modalities) - set(modalities), key=lambda name: source.modalities[name] == "text")
+    pairs = zip(found_by(source, modalities), found_by(source, others), strict=True)
+    return Counter(other for own, other in pairs if own is None and other is not None)
 
 
 def read_by_frames(
