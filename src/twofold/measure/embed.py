@@ -190,8 +190,9 @@ def _contents(source: Source, modality: Modality) -> tuple[Sequence[Any], list[s
 
 def _runner(encoder: Encoder, fast: Fast | None) -> Callable[[Any], np.ndarray]:
     """What turns a batch of the encoder's inputs into features."""
-    runtime.keep_freed_memory()
     device = device_of(encoder)
+    if fast is None or fast.engine != "onnxruntime":  # which has an arena of its own
+        runtime.keep_freed_memory()
 
     def run(x: Inputs) -> np.ndarray:
         if fast is not None and fast.engine == "onnxruntime":
