@@ -118,7 +118,6 @@ def index(
             _on_ray(opened, model, out, ray, existing, modality, on_error, json)
         from twofold.retrieve.index import index
         from twofold.retrieve.modalities import left_out
-        from twofold.retrieve.snapshot import read_head
         from twofold.retrieve.text_embedders import text_embedder
 
         kept = _kept(store, hnsw, out)
@@ -139,10 +138,10 @@ def index(
             print_json(dataclasses.asdict(built))
             return
         print_skipped(built.skipped)
-        modalities = read_head(out).modalities
+        modalities = _held(out)
         for other, count in left_out(opened, modalities).items():
             print(
-                f"  {count:,} more items could be found by {other}: "
+                f"  {count:,} more items have {other}; with a model that reads it: "
                 f"--modality {','.join([*modalities, other])} --existing replace"
             )
         print(

@@ -76,7 +76,7 @@ def default_modality(source: Source, bundle: Bundle) -> Modality:
 
 
 def left_out(source: Source, modalities: Sequence[Modality]) -> Counter[Modality]:
-    """How many of the items that have none of `modalities` could be found by which other one; texts last."""
+    """How many of the items that have none of `modalities` have which other one, the first of them; texts last."""
     others = sorted(set(source.modalities) - set(modalities), key=lambda name: source.modalities[name] == "text")
     pairs = zip(found_by(source, modalities), found_by(source, others), strict=True)
     return Counter(other for own, other in pairs if own is None and other is not None)
